@@ -1,0 +1,130 @@
+"""Durable writing, in one place: what a crash or a power loss may and may not undo.
+
+What always holds: when a function here returns, what its name says has reached the file system's journal or
+the disk (``fsync``), and if it is interrupted at any instruction the reader finds the old state or the new
+one, never a piece of one. The order is always: write a temporary file, fsync it, rename or link it into
+place, fsync the directory (the order of SQLite's and restic's writers; ext4, xfs and btrfs need the last step
+for the *name* to survive).
+
+Imports only ``errors``; everything above may import it. All calls block on the disk and raise ``OSError``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+TEMP_PREFIX = ".tmp-"
+"""Names starting so are nobody's: left by a crash, removed by `remove_temporaries`."""
+
+
+def sync_directory(path: Path | str) -> None:
+    """Make renames, links and unlinks in directory ``path`` survive a power loss. Idempotent."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Write every byte of ``data`` at the descriptor's offset (``write(2)`` may take fewer)."""
+    view = memoryview(data)
+    while view.nbytes:
+        view = view[os.write(fd, view) :]
+
+
+def write_file(path: Path, data: bytes, *, sync: bool = True, mode: int = 0o644) -> None:
+    """Put ``data`` at ``path``, replacing what is there, atomically; durably unless ``sync`` is False.
+
+    A reader sees the old content or the new. With ``sync=False`` a power loss may leave either, or an empty
+    file: only for what can be made again.
+    """
+    temporary = path.with_name(f"{TEMP_PREFIX}{path.name}.{os.getpid()}")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    try:
+        try:
+            write_all(fd, data)
+            if sync:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(temporary, path)
+    except BaseException:
+        unlink_if_present(temporary)
+        raise
+    if sync:
+        sync_directory(path.parent)
+
+
+def append_lines(path: Path, lines: Iterable[bytes]) -> None:
+    """Append each of ``lines`` (without newline) to a journal and make all of them durable with one fsync.
+
+    A line torn by a crash is closed off first, so it spoils itself only. The directory is synced when the
+    file is new. Group commit: the cost is one fsync however many lines.
+    """
+    new = not path.exists()
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    try:
+        size = os.fstat(fd).st_size
+        torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+        write_all(fd, (b"\n" if torn else b"") + b"".join(line + b"\n" for line in lines))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    if new:
+        sync_directory(path.parent)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename ``source`` to ``target`` durably, in both directories. Raises ``FileExistsError`` when there is a target.
+
+    For directories the kernel itself refuses a non-empty target; the check before it gives the clear error.
+    The caller holds the spool lock, so nobody of ours makes the target in between.
+    """
+    if os.path.lexists(target):
+        raise FileExistsError(f"{target} is there already")
+    os.rename(source, target)
+    sync_directory(target.parent)
+    if source.parent != target.parent:
+        sync_directory(source.parent)
+
+
+def publish(source: Path, target: Path) -> None:
+    """Give the synced file ``source`` the name ``target`` without ever replacing another file.
+
+    ``link(2)`` is the atomic create-if-absent; raises ``FileExistsError`` when somebody was first. A crash
+    between link and unlink leaves two names of one file: the caller's cleanup removes ``source``.
+    """
+    os.link(source, target)
+    sync_directory(target.parent)
+    os.unlink(source)
+
+
+def unlink_if_present(path: Path | str) -> bool:
+    """Remove a file; True when it was there. Not durable by itself: only for what may safely come back."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Remove what interrupted `write_file` calls left in ``directory``. Call only while holding its lock."""
+    for entry in os.scandir(directory):
+        if entry.name.startswith(TEMP_PREFIX):
+            unlink_if_present(entry.path)
+
+
+def boot_id() -> str:
+    """The kernel's id of this boot (``random(4)``), or ``""`` where there is none.
+
+    Data written in this boot is in the page cache or on disk whatever process died; data of another boot
+    that was not synced may be wrong, however right its size looks.
+    """
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""

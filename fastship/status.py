@@ -1,0 +1,111 @@
+"""What fastship is doing, as a value: written by the supervisor, read by ``fastship status`` and the displays.
+
+What always holds: a `Snapshot` on disk (``state/status.json``) is whole, because it is replaced by rename; it
+may be stale, which its ``updated_at`` and ``pid`` tell. It is for eyes only: nothing is decided from it.
+
+Imports ``durable`` and ``errors``; the supervisor, the worker and the command line import it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from pathlib import Path
+
+import msgspec
+
+from fastship import durable
+
+STATUS_FILE = "status.json"
+
+
+class PassResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What one pass did (of `run_once`), or all since the start (of a daemon's `Snapshot`)."""
+
+    scanned: int = 0  # episodes with a marker that were looked at, held ones included
+    shipped: int = 0
+    transient_failures: int = 0
+    conflicts: int = 0  # holds, old and new
+    fatal: int = 0  # quarantined
+    bytes_in: int = 0  # tar stream bytes of the shipped episodes
+    bytes_out: int = 0  # artifact bytes of the shipped episodes
+    seconds: float = 0.0
+
+
+class EpisodeProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """An episode under way."""
+
+    episode: str
+    stage: str  # "packing" or "shipping"
+    worker: int
+    done_bytes: int = 0  # of the tar stream while packing, of the artifact while shipping
+    total_bytes: int = 0  # 0: not known yet
+    seconds: float = 0.0  # in this stage
+
+
+class EpisodeResult(msgspec.Struct, frozen=True, kw_only=True):
+    """An episode that came to an end of its attempt."""
+
+    episode: str
+    outcome: str  # "shipped", "conflict", "quarantined", "transient"
+    bytes_in: int = 0
+    bytes_out: int = 0
+    seconds: float = 0.0  # from its claim to its retirement
+    resumed_at: int = 0  # artifact bytes the receiver already had
+    error: str = ""
+
+
+class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    number: int
+    pid: int
+    threads: int
+    packing: int
+    shipping: int
+
+
+class DestinationStatus(msgspec.Struct, frozen=True, kw_only=True):
+    url: str
+    state: str  # "up", "paused", "probing"
+    reason: str = ""
+    retry_in_s: float = 0.0
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    pid: int
+    started_at: float  # seconds since the epoch
+    updated_at: float
+    draining: bool
+    ready: int  # episodes with a marker that wait
+    recording: int  # episodes without a marker
+    held: int
+    totals: PassResult
+    destination: DestinationStatus
+    progress: list[EpisodeProgress] = []
+    recent: list[EpisodeResult] = []  # the last 20, newest last
+    workers: list[WorkerStatus] = []
+
+
+def write(state: Path, snapshot: Snapshot) -> None:
+    """Replace the snapshot in ``state``; not synced, and a full disk does not stop the daemon for it."""
+    with contextlib.suppress(OSError):
+        durable.write_file(state / STATUS_FILE, msgspec.json.encode(snapshot), sync=False)
+
+
+def read(state: Path) -> Snapshot | None:
+    """The last snapshot written, or None when there is none that can be read."""
+    try:
+        return msgspec.json.decode((state / STATUS_FILE).read_bytes(), type=Snapshot)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def notify(message: str) -> None:
+    """Tell systemd (sd_notify(3)): ``READY=1``, ``WATCHDOG=1``, ``STOPPING=1``... Without one, does nothing."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if address.startswith("@"):  # the abstract namespace
+        address = "\0" + address[1:]
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        sock.sendto(message.encode(), address)
