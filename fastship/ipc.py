@@ -1,0 +1,156 @@
+"""The messages between the supervisor and a worker, and the channel that carries them.
+
+A channel is one end of a ``SOCK_SEQPACKET`` pair: one message, one packet, so nothing is ever half read, and
+the death of either side is the end of file at the other. What always holds: the supervisor never blocks on a
+worker (its sends either go at once or the worker counts as stuck); a worker that reads end of file has lost
+its supervisor and ends at once; no message holds a secret (token files travel as paths).
+
+Imports ``lifecycle`` and ``settings``; the supervisor and the worker import it.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+
+import msgspec
+
+from fastship.lifecycle.events import Answered, PackBegan, Packed, PackFailed, Returned
+from fastship.settings import Settings
+
+
+class Welcome(msgspec.Struct, frozen=True, tag=True):
+    """Supervisor to worker, first and once: all that it needs to know."""
+
+    worker: int
+    settings: Settings
+    threads: int  # the most that its share of cores can ever be
+
+
+class Assignment(msgspec.Struct, frozen=True, tag=True):
+    """Supervisor to worker: pack (unless the outbox has it already) and ship this episode."""
+
+    episode: str
+    first_attempt: bool
+
+
+class Shares(msgspec.Struct, frozen=True, tag=True):
+    """Supervisor to worker, at any time: its part of what the host gives. Takes effect at the next frame."""
+
+    threads: int | None = None  # None: as before
+    bandwidth: int | None = None  # bytes a second, 0: no limit
+
+
+class Drain(msgspec.Struct, frozen=True, tag=True):
+    """Supervisor to worker: give back what is not begun, finish the rest, end with status 0."""
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """Worker to supervisor, first and once: it has started and can take assignments."""
+
+
+class UnderWay(msgspec.Struct, frozen=True):
+    """One episode in a heartbeat."""
+
+    episode: str
+    shipping: bool
+    done_bytes: int
+    total_bytes: int
+    seconds: float
+
+
+class Beat(msgspec.Struct, frozen=True, tag=True):
+    """Worker to supervisor: it lives, and how far it is. Every half second at least."""
+
+    under_way: list[UnderWay] = []
+
+
+ToWorker = Welcome | Assignment | Shares | Drain
+FromWorker = Ready | Beat | PackBegan | Packed | PackFailed | Answered | Returned
+
+_BUFFER_BYTES = 2 << 20  # SO_SNDBUF: a verdict's body is at most 64 KiB of text, a manifest is far smaller
+
+
+class Closed(Exception):
+    """The other side is gone."""
+
+
+class Stuck(Exception):
+    """The other side does not read: its queue of messages is full."""
+
+
+class SupervisorEnd:
+    """The supervisor's end: never blocks."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._sock.setblocking(False)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def send(self, message: ToWorker) -> None:
+        """Raises `Closed` when the worker is gone, `Stuck` when it does not read."""
+        try:
+            self._sock.send(self._encoder.encode(message))
+        except BlockingIOError:
+            raise Stuck from None
+        except OSError:
+            raise Closed from None
+
+    def receive(self) -> FromWorker | None:
+        """The next message, None when there is none now. Raises `Closed` at the end of file."""
+        try:
+            packet = self._sock.recv(_BUFFER_BYTES)
+        except BlockingIOError:
+            return None
+        except OSError:
+            raise Closed from None
+        if not packet:
+            raise Closed
+        return self._decoder.decode(packet)
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+class WorkerEnd:
+    """The worker's end: any thread may send, one thread receives; both block."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._lock = threading.Lock()
+        self._decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+
+    def send(self, message: FromWorker) -> None:
+        """Raises `Closed` when the supervisor is gone."""
+        packet = msgspec.msgpack.encode(message)
+        try:
+            with self._lock:
+                self._sock.send(packet)
+        except OSError:
+            raise Closed from None
+
+    def receive(self, timeout_s: float) -> ToWorker | None:
+        """The next message, None when none came within ``timeout_s``. Raises `Closed` at the end of file."""
+        readable, _, _ = select.select([self._sock], [], [], timeout_s)
+        if not readable:
+            return None
+        try:
+            packet = self._sock.recv(_BUFFER_BYTES)
+        except OSError:
+            raise Closed from None
+        if not packet:
+            raise Closed
+        return self._decoder.decode(packet)
+
+
+def pair() -> tuple[SupervisorEnd, socket.socket]:
+    """A channel: the supervisor's end, and the socket that the worker's process inherits (`WorkerEnd`)."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    for sock in (ours, theirs):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
+    return SupervisorEnd(ours), theirs

@@ -1,0 +1,24 @@
+"""Every rule about what becomes of an episode: pure, no I/O, no clock.
+
+Two functions carry it. `infer(facts)` recognises an episode's state from what is on disk: it is all that a
+restarted supervisor has. `decide(book, event, now)` is told what happened and answers with commands; it alone
+changes the `Book`. Every change of state is one of `TRANSITIONS`, the one table of what is legal.
+
+``states`` -> ``events`` -> ``book``: each imports only those before it.
+"""
+
+from fastship.lifecycle.book import Book, Policy, decide, next_wake, share_cores
+from fastship.lifecycle.states import CLAIMED, TRANSITIONS, Facts, State, infer
+
+__all__ = [
+    "CLAIMED",
+    "TRANSITIONS",
+    "Book",
+    "Facts",
+    "Policy",
+    "State",
+    "decide",
+    "infer",
+    "next_wake",
+    "share_cores",
+]

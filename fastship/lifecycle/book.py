@@ -1,0 +1,425 @@
+"""The rules: ``decide(book, event, now) -> commands``.
+
+What always holds: no command retires an episode without a receipt; only a verdict of scope EPISODE, a poison
+episode or an impossible name quarantines; a paused destination has at most one episode trying it; an episode
+is with at most one worker; an entry changes its state in `Book.move` alone, which refuses what is not legal.
+
+Pure: no I/O, no clock. Imports ``states``, ``events`` and ``episode``; the supervisor imports it.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping
+
+import msgspec
+
+from fastship.episode import Manifest, Outcome, Scope
+from fastship.lifecycle.events import (
+    Answered,
+    Assign,
+    Command,
+    Discard,
+    Event,
+    Found,
+    Hold,
+    Measure,
+    Measured,
+    PackBegan,
+    Packed,
+    PackFailed,
+    Quarantine,
+    Released,
+    Report,
+    Retire,
+    Returned,
+    Share,
+    Tick,
+    WorkerJoined,
+    WorkerLeft,
+)
+from fastship.lifecycle.states import CLAIMED, TRANSITIONS, State
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings that the rules need."""
+
+    cores: int
+    in_flight: int  # artifacts a worker may have shipping before it is given more
+    poison_after: int
+    pause_min_s: float
+    pause_max_s: float
+    pause_after: int
+    once: bool = False  # one pass: every episode is attempted once and nothing waits
+
+
+class Entry(msgspec.Struct, kw_only=True):
+    """One episode in the book."""
+
+    episode: str
+    key: str
+    state: State
+    worker: int | None = None
+    frames: int | None = None
+    manifest: Manifest | None = None
+    attempts: int = 0  # ended without a verdict on the episode, in a row
+    changes: int = 0  # packs dropped because it changed, in a row
+    kills: int = 0  # workers that died at it
+    not_before: float = 0.0
+    claimed_at: float = 0.0
+    error: str = ""
+
+
+class Breaker(msgspec.Struct, kw_only=True):
+    """The destination's circuit breaker: closed, open (``paused``) until ``until``, half open with a ``probe``."""
+
+    paused: bool = False
+    until: float = 0.0
+    pause_s: float = 0.0
+    probe: str | None = None
+    faults: int = 0  # network faults in a row
+    reason: str = ""
+
+
+QUEUE_DEPTH = 4
+"""Small episodes given to a worker ahead, so that it never waits for the supervisor between two of them."""
+
+
+class Book:
+    """All that the supervisor knows of the episodes with a marker, the workers and the destination."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.entries: dict[str, Entry] = {}
+        self.ready: list[tuple[str, str]] = []  # sorted (key, episode) of the READY ones
+        self.waiting: set[str] = set()  # the WAITING ones
+        self.workers: dict[int, set[str]] = {}  # what each has
+        self.shares: dict[int, int] = {}
+        self.breaker = Breaker()
+        self.draining = False
+        self.transient = 0  # attempts that ended without a verdict on the episode
+
+    def count(self, *states: State) -> int:
+        """How many entries are in one of ``states``."""
+        return sum(1 for entry in self.entries.values() if entry.state in states)
+
+    def idle(self) -> bool:
+        """Whether a pass is over: nothing is with a worker and nothing can be given to one."""
+        if any(self.workers.values()):
+            return False
+        return self.draining or not self.ready or (self.policy.once and self.breaker.paused)
+
+    def move(self, entry: Entry, state: State) -> None:
+        """Change an entry's state; an illegal change is our bug."""
+        assert state in TRANSITIONS[entry.state], f"{entry.episode}: {entry.state} -> {state}"
+        if entry.state in CLAIMED and state not in CLAIMED and entry.worker is not None:
+            self.workers.get(entry.worker, set()).discard(entry.episode)
+            entry.worker = None
+        if entry.state is State.READY:
+            index = bisect.bisect_left(self.ready, (entry.key, entry.episode))
+            del self.ready[index]
+        self.waiting.discard(entry.episode)
+        entry.state = state
+        if state is State.READY:
+            bisect.insort(self.ready, (entry.key, entry.episode))
+        elif state is State.WAITING:
+            self.waiting.add(entry.episode)
+        elif state not in TRANSITIONS:
+            del self.entries[entry.episode]
+
+
+def decide(book: Book, event: Event, now: float) -> list[Command]:
+    """What to do about ``event``. ``now``: seconds of a monotonic clock."""
+    commands: list[Command] = []
+    match event:
+        case Found():
+            _found(book, event, commands)
+        case Measured():
+            _measured(book, event)
+        case WorkerJoined():
+            book.workers[event.worker] = set()
+        case WorkerLeft():
+            _left(book, event, commands)
+        case PackBegan():
+            book.move(book.entries[event.episode], State.PACKING)
+        case Packed():
+            _packed(book, event)
+        case PackFailed():
+            _pack_failed(book, event, now, commands)
+        case Answered():
+            _answered(book, event, now, commands)
+        case Returned():
+            _returned(book, event)
+        case Released():
+            _released(book, event, commands)
+        case Tick():
+            pass
+    _wake(book, now)
+    _assign(book, now, commands)
+    _share(book, commands)
+    return commands
+
+
+def _found(book: Book, event: Found, commands: list[Command]) -> None:
+    seen = {episode for _, episode in event.ready} | set(event.held)
+    new: list[tuple[str, str]] = []
+    for key, episode in event.ready:
+        entry = book.entries.get(episode)
+        if entry is None:
+            book.entries[episode] = Entry(episode=episode, key=key, state=State.READY)
+            new.append((key, episode))
+        elif entry.state is State.HELD:  # its hold is gone
+            book.move(entry, State.READY)
+    if len(new) > 32:  # one sort instead of many insertions into a long list
+        book.ready.extend(new)
+        book.ready.sort()
+    else:
+        for item in new:
+            bisect.insort(book.ready, item)
+    for episode in event.held:
+        if episode not in book.entries:
+            book.entries[episode] = Entry(episode=episode, key=episode, state=State.HELD)
+    for name in event.impossible:
+        text = f"{name!r} cannot be an episode's id: letters, digits and ._- only, at most 200, a letter or digit first"
+        commands.append(Quarantine(name, None, text, ""))
+    if event.complete:
+        for episode in [name for name in book.entries if name not in seen]:
+            if book.entries[episode].state not in CLAIMED:  # a worker's will say what is wrong
+                book.move(book.entries[episode], State.GONE)
+
+
+def _measured(book: Book, event: Measured) -> None:
+    entry = book.entries.get(event.episode)
+    if entry is not None:
+        entry.frames = max(1, event.frames)
+
+
+def _left(book: Book, event: WorkerLeft, commands: list[Command]) -> None:
+    had = [book.entries[episode] for episode in book.workers.pop(event.worker, set())]
+    book.shares.pop(event.worker, None)
+    at = [entry for entry in had if entry.state in (State.PACKING, State.SHIPPING)]
+    for entry in had:
+        if book.breaker.probe == entry.episode:
+            book.breaker.probe = None
+        entry.worker = None
+        if not event.died or entry not in at:
+            book.move(entry, State.READY)
+            continue
+        entry.kills += 1
+        report: dict[str, object] = {"episode": entry.episode, "stage": str(entry.state), "error": event.error}
+        if entry.kills >= book.policy.poison_after:
+            text = f"{entry.kills} workers died at this episode, the last time: {event.error}"
+            commands.append(Quarantine(entry.episode, None, text, ""))
+            book.move(entry, State.CONDEMNED)
+        else:
+            commands.append(Report("warning", "worker-died", report))
+            book.move(entry, State.READY)
+
+
+def _packed(book: Book, event: Packed) -> None:
+    entry = book.entries[event.episode]
+    entry.manifest = event.manifest
+    entry.changes = 0
+    book.move(entry, State.SHIPPING)
+
+
+CHANGES_BEFORE_HOLD = 3
+"""Packs dropped in a row because the episode changed under them, before it is held."""
+
+
+def _pack_failed(book: Book, event: PackFailed, now: float, commands: list[Command]) -> None:
+    entry = book.entries[event.episode]
+    if book.breaker.probe == event.episode:
+        book.breaker.probe = None  # it told nothing of the destination: another one will
+    if event.code == "episode-changed":
+        entry.changes += 1
+        if entry.changes >= CHANGES_BEFORE_HOLD:
+            text = f"it went on changing after its marker was set: {event.error}"
+            commands.append(Hold(event.episode, "changing", None, text, "", event.fingerprint))
+            book.move(entry, State.HELD)
+            return
+    _postpone(book, entry, event.error, now)
+    fields: dict[str, object] = {"episode": event.episode, "code": event.code, "error": event.error}
+    commands.append(Report("warning", "pack-failed", fields))
+
+
+def _answered(book: Book, event: Answered, now: float, commands: list[Command]) -> None:
+    entry, verdict = book.entries[event.episode], event.verdict
+    _judge_destination(book, event, now, commands)
+    if verdict.outcome is Outcome.SHIPPED and event.unchanged:
+        assert verdict.receipt is not None
+        commands.append(Retire(event.episode, verdict.receipt, event.manifest))
+        book.move(entry, State.RETIRED)
+    elif verdict.outcome is Outcome.SHIPPED:
+        # What the receiver holds is what was packed, not what is here now: sent again, it would be a conflict.
+        text = "the episode changed after it was packed; the receiver holds it as it was before"
+        commands.append(_hold(event, "changed-after-packing", text))
+        book.move(entry, State.HELD)
+    elif verdict.outcome is Outcome.CONFLICT:
+        commands.append(_hold(event, "conflict", verdict.error))
+        book.move(entry, State.HELD)
+    elif verdict.outcome is Outcome.REJECTED:
+        commands.append(Quarantine(event.episode, verdict.status, verdict.error, verdict.body))
+        book.move(entry, State.CONDEMNED)
+    else:
+        if verdict.outcome is Outcome.DAMAGED:
+            commands.append(Discard(event.episode))
+        _postpone(book, entry, verdict.error, now, verdict.retry_after_s or 0.0)
+        fields: dict[str, object] = {"episode": event.episode, "status": verdict.status, "error": verdict.error}
+        commands.append(Report("warning", "attempt-failed", fields))
+
+
+def _hold(event: Answered, reason: str, error: str) -> Hold:
+    verdict, manifest = event.verdict, event.manifest
+    return Hold(
+        event.episode, reason, verdict.status, error, verdict.body, manifest.fingerprint, manifest.artifact_sha256
+    )
+
+
+WELL = frozenset({Outcome.SHIPPED, Outcome.CONFLICT, Outcome.REJECTED})
+"""Outcomes that only a destination in order can give."""
+
+
+def _judge_destination(book: Book, event: Answered, now: float, commands: list[Command]) -> None:
+    """The circuit breaker: a verdict on the episode proves the destination well, a fault of its own pauses it."""
+    breaker, verdict, policy = book.breaker, event.verdict, book.policy
+    probing = breaker.probe == event.episode
+    if probing:
+        breaker.probe = None
+    if verdict.outcome in WELL:
+        if breaker.paused:
+            commands.append(Report("info", "destination-well", {"after": breaker.reason}))
+        book.breaker = Breaker()
+        return
+    if verdict.scope is Scope.EPISODE:
+        return
+    if verdict.scope is Scope.NETWORK:
+        breaker.faults += 1
+        if breaker.faults < policy.pause_after and not probing:
+            return
+    if breaker.paused and not probing:
+        return  # one of those under way when it was paused says the same again
+    breaker.pause_s = min(max(breaker.pause_s * 2, policy.pause_min_s), policy.pause_max_s)
+    breaker.paused = True
+    breaker.until = now + max(breaker.pause_s, verdict.retry_after_s or 0.0)
+    breaker.reason = verdict.error
+    for_s = round(breaker.until - now, 1)
+    fields: dict[str, object] = {"status": verdict.status, "error": verdict.error, "for_s": for_s}
+    commands.append(Report("error", "destination-paused", fields))
+
+
+def _returned(book: Book, event: Returned) -> None:
+    if book.breaker.probe == event.episode:
+        book.breaker.probe = None
+    book.move(book.entries[event.episode], State.READY)
+
+
+def _released(book: Book, event: Released, commands: list[Command]) -> None:
+    entry = book.entries.get(event.episode)
+    if entry is None:
+        _found(book, Found([(event.key, event.episode)], complete=False), commands)
+    elif entry.state in (State.HELD, State.WAITING):
+        entry.key = event.key
+        entry.attempts = entry.changes = entry.kills = 0
+        book.move(entry, State.READY)
+
+
+def _postpone(book: Book, entry: Entry, error: str, now: float, at_least_s: float = 0.0) -> None:
+    """The episode's own retry: later and later, from pause_min_s to pause_max_s."""
+    book.transient += 1
+    entry.attempts += 1
+    entry.error = error
+    pause_s = min(book.policy.pause_min_s * 2.0 ** min(entry.attempts - 1, 30), book.policy.pause_max_s)
+    entry.not_before = now + max(pause_s, at_least_s)
+    book.move(entry, State.WAITING)
+
+
+def _wake(book: Book, now: float) -> None:
+    """What has waited long enough is ready. In a single pass nothing is attempted twice."""
+    if book.policy.once:
+        return
+    for entry in [book.entries[episode] for episode in book.waiting]:
+        if entry.not_before <= now:
+            book.move(entry, State.READY)
+
+
+def next_wake(book: Book) -> float | None:
+    """When, on ``decide``'s clock, time alone will change something; None: never."""
+    times = [book.entries[episode].not_before for episode in book.waiting]
+    if book.breaker.paused and book.breaker.probe is None and book.ready:
+        times.append(book.breaker.until)
+    return min(times, default=None)
+
+
+def _assign(book: Book, now: float, commands: list[Command]) -> None:
+    """Give ready episodes, in order, to the workers with the least to do, until nobody has room."""
+    breaker = book.breaker
+    while book.ready and not book.draining:
+        if breaker.paused and (breaker.probe is not None or now < breaker.until or book.policy.once):
+            return
+        entry = book.entries[book.ready[0][1]]
+        if entry.frames is None:
+            # Only when somebody could take it: its size is not asked for long before it matters.
+            if any(_has_room(book, worker, None) for worker in book.workers):
+                commands.append(Measure(entry.episode))
+            return
+        free = [worker for worker in book.workers if _has_room(book, worker, entry)]
+        if not free:
+            return
+        worker = min(free, key=lambda number: (_load(book, number), number))
+        book.move(entry, State.QUEUED)
+        entry.worker = worker
+        entry.claimed_at = now
+        book.workers[worker].add(entry.episode)
+        if breaker.paused:
+            breaker.probe = entry.episode
+        commands.append(Assign(worker, entry.episode, first_attempt=entry.attempts == 0 and entry.kills == 0))
+
+
+def _load(book: Book, worker: int) -> int:
+    """Frames that a worker still has to pack."""
+    entries = (book.entries[episode] for episode in book.workers[worker])
+    return sum(entry.frames or 1 for entry in entries if entry.state in (State.QUEUED, State.PACKING))
+
+
+def _has_room(book: Book, worker: int, entry: Entry | None) -> bool:
+    """Whether ``worker`` may be given ``entry`` (None: any at all) now.
+
+    A large episode goes to a worker with nothing to pack; small ones may queue. A suspect (a worker died at it)
+    is packed and shipped alone, so that a second death convicts nobody else. What ships bounds what is packed:
+    the outbox does not grow faster than the link takes it.
+    """
+    mine = [book.entries[episode] for episode in book.workers[worker]]
+    if any(other.kills for other in mine) or (entry is not None and entry.kills and mine):
+        return False
+    if sum(1 for other in mine if other.state is State.SHIPPING) >= book.policy.in_flight:
+        return False
+    packing = [other for other in mine if other.state in (State.QUEUED, State.PACKING)]
+    if not packing:
+        return True
+    small = all((other.frames or 1) == 1 for other in packing) and (entry is None or entry.frames == 1)
+    return small and len(packing) < QUEUE_DEPTH and len(book.workers) * len(packing) <= len(book.ready)
+
+
+def share_cores(cores: int, frames: Mapping[int, int]) -> dict[int, int]:
+    """The core budget: threads for each packing worker, from the frames it has to pack.
+
+    Each gets one; what is left goes, one by one, to the worker with the most frames a thread, never more
+    threads than frames: many small episodes = N workers x 1 thread, one huge one = every core.
+    """
+    shares = dict.fromkeys(frames, 1)
+    for _ in range(cores - len(frames)):
+        hungry = [worker for worker in frames if shares[worker] < frames[worker]]
+        if not hungry:
+            break
+        shares[max(hungry, key=lambda worker: frames[worker] / shares[worker])] += 1
+    return shares
+
+
+def _share(book: Book, commands: list[Command]) -> None:
+    frames = {worker: _load(book, worker) for worker in book.workers}
+    shares = share_cores(book.policy.cores, {worker: load for worker, load in frames.items() if load})
+    for worker, threads in shares.items():
+        if book.shares.get(worker) != threads:
+            book.shares[worker] = threads
+            commands.append(Share(worker, threads))

@@ -1,0 +1,162 @@
+"""What can happen to an episode (events) and what can be asked for because of it (commands), as plain values.
+
+Those events that a worker reports carry a tag: they travel to the supervisor as they are (``ipc``).
+
+Imports ``episode``; the rest of ``lifecycle``, ``ipc``, the worker and the supervisor import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from fastship.episode import Manifest, Receipt, Verdict
+
+
+class Found(msgspec.Struct, frozen=True):
+    """A look through the spool: every episode with a marker, with its sort key; those not named are gone."""
+
+    ready: Sequence[tuple[str, str]]  # (key, episode)
+    held: Sequence[str] = ()
+    impossible: Sequence[str] = ()  # directories with a marker whose names cannot be ids
+    complete: bool = True  # False: some more, nothing is said of others (a marker noticed by inotify)
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """The answer to `Measure`: about how many frames the episode has (1 at least)."""
+
+    episode: str
+    frames: int
+
+
+class WorkerJoined(msgspec.Struct, frozen=True):
+    worker: int
+
+
+class WorkerLeft(msgspec.Struct, frozen=True):
+    """A worker ended. ``died``: not because it was told to; what it was at is suspect."""
+
+    worker: int
+    died: bool
+    error: str = ""
+
+
+class PackBegan(msgspec.Struct, frozen=True, tag=True):
+    episode: str
+
+
+class Packed(msgspec.Struct, frozen=True, tag=True):
+    """The artifact is in the outbox and its upload begins."""
+
+    episode: str
+    manifest: Manifest
+    reused: bool  # an earlier attempt had packed it
+
+
+class PackFailed(msgspec.Struct, frozen=True, tag=True):
+    episode: str
+    code: str  # of the FastshipError
+    error: str
+    fingerprint: str = ""  # of the episode now, where it could be told
+
+
+class Answered(msgspec.Struct, frozen=True, tag=True):
+    """The verdict on an attempt. ``unchanged``: after a SHIPPED the episode still is what was packed."""
+
+    episode: str
+    verdict: Verdict
+    manifest: Manifest
+    unchanged: bool = True
+
+
+class Returned(msgspec.Struct, frozen=True, tag=True):
+    """A draining worker gives back what it did not begin."""
+
+    episode: str
+
+
+class Released(msgspec.Struct, frozen=True):
+    """An operator's word, or a change on disk, ended a hold: ready again."""
+
+    episode: str
+    key: str
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """Time went by."""
+
+
+Event = (
+    Found
+    | Measured
+    | WorkerJoined
+    | WorkerLeft
+    | PackBegan
+    | Packed
+    | PackFailed
+    | Answered
+    | Returned
+    | Released
+    | Tick
+)
+
+
+class Measure(msgspec.Struct, frozen=True):
+    episode: str
+
+
+class Assign(msgspec.Struct, frozen=True):
+    worker: int
+    episode: str
+    first_attempt: bool
+
+
+class Share(msgspec.Struct, frozen=True):
+    """A worker's share of the cores for packing."""
+
+    worker: int
+    threads: int
+
+
+class Retire(msgspec.Struct, frozen=True):
+    episode: str
+    receipt: Receipt
+    manifest: Manifest
+
+
+class Quarantine(msgspec.Struct, frozen=True):
+    episode: str
+    status_code: int | None
+    error: str
+    body: str
+
+
+class Hold(msgspec.Struct, frozen=True):
+    """Leave the episode and its artifact in place until it changes (reason ``conflict``), is still (``changing``) or
+    an operator decides."""
+
+    episode: str
+    reason: str
+    status: int | None
+    error: str
+    body: str
+    fingerprint: str
+    artifact_sha256: str = ""
+
+
+class Discard(msgspec.Struct, frozen=True):
+    """Remove the artifact: it is damaged."""
+
+    episode: str
+
+
+class Report(msgspec.Struct, frozen=True):
+    """Something an operator should see in the log."""
+
+    level: str  # "info", "warning", "error"
+    event: str
+    fields: dict[str, object]
+
+
+Command = Measure | Assign | Share | Retire | Quarantine | Hold | Discard | Report
