@@ -1,0 +1,91 @@
+"""The spool's directories, and the lock that says whose they are.
+
+What always holds: all directories are real directories on one file system (a rename between them is atomic);
+whoever moves an episode holds the lock. Workers inherit the lock's descriptor: the lock is free only once the
+supervisor *and* every worker of it have ended, so a new supervisor never meets an old worker's writes.
+
+Imports ``durable`` and ``errors``; the rest of ``spool`` imports it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from pathlib import Path
+
+from fastship.errors import SpoolBusy, SpoolError
+
+DIRECTORIES = ("episodes", "outbox", "shipped", "quarantine", "holds", "receipts", "state", "state/requests")
+
+
+class Layout:
+    """The paths below a spool's root."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.episodes = root / "episodes"
+        self.outbox = root / "outbox"
+        self.shipped = root / "shipped"
+        self.quarantine = root / "quarantine"
+        self.holds = root / "holds"
+        self.receipts = root / "receipts"
+        self.state = root / "state"
+        self.requests = root / "state" / "requests"
+        self.lock = root / "state" / "lock"
+
+    def create(self) -> None:
+        """Make what is missing and check the rest. Raises `SpoolError`. May be repeated."""
+        if not str(self.root) or str(self.root) == ".":
+            raise SpoolError("no spool is set", remedy="set [spool] root in fastship.toml, or: fastship init DIR")
+        devices: dict[int, Path] = {}
+        for name in DIRECTORIES:
+            path = self.root / name
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                status = path.lstat()
+            except OSError as error:
+                raise SpoolError(
+                    f"{path}: cannot be used: {error.strerror}", remedy="check spool.root and who owns it"
+                ) from None
+            if not path.is_dir() or path.is_symlink():
+                raise SpoolError(f"{path}: is not a directory", remedy="the spool's own directories may not be links")
+            devices.setdefault(status.st_dev, path)
+            if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+                raise SpoolError(f"{path}: no permission", remedy=f"it must be writable for uid {os.geteuid()}")
+        if len(devices) > 1:
+            places = " and ".join(str(path) for path in devices.values())
+            raise SpoolError(
+                f"{places} are on different file systems", remedy="a spool must be on one: moving is renaming"
+            )
+
+
+class Lock:
+    """The spool lock (``flock(2)``), held from construction to `release`, and by every process that inherits `fd`."""
+
+    def __init__(self, path: Path, *, wait_s: float) -> None:
+        """Raises `SpoolBusy` when another instance still holds it after ``wait_s``."""
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.02)
+                    continue
+                owner = os.pread(self.fd, 20, 0).decode("ascii", "replace").strip()
+                os.close(self.fd)
+                raise SpoolBusy(
+                    f"another fastship holds {path.parent.parent}" + (f" (process {owner})" if owner else ""),
+                    remedy="see what it does with: fastship status",
+                ) from None
+        os.ftruncate(self.fd, 0)
+        os.pwrite(self.fd, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Let go in this process. May be repeated."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1

@@ -1,0 +1,96 @@
+"""The outbox: where artifacts wait, and what a worker may write.
+
+``<id>.tar.zst.partial`` while it is packed, then ``<id>.manifest.json``, then the rename to ``<id>.tar.zst``:
+an artifact with its final name is whole and has its manifest, whatever process died when.
+
+Nothing here is fsynced. An artifact can always be packed again from its episode, which stays until a receipt is
+durable; so the worst that a power loss can do is to cost a pack. It must not be *believed* afterwards, though:
+the manifest carries the boot id, and an artifact of another boot is digested again before it is sent
+(`Outbox.find`).
+
+Imports ``durable``, ``episode`` and ``errors``; the worker and ``spool`` import it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from pathlib import Path
+
+import msgspec
+
+from fastship import durable
+from fastship.episode import ARTIFACT_SUFFIX, Manifest
+
+PARTIAL_SUFFIX = ARTIFACT_SUFFIX + ".partial"
+MANIFEST_SUFFIX = ".manifest.json"
+
+
+class Outbox:
+    """The files of one directory. Each episode's files are touched by one worker at a time, the one it is with."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def artifact(self, episode: str) -> Path:
+        return self.directory / (episode + ARTIFACT_SUFFIX)
+
+    def partial(self, episode: str) -> Path:
+        return self.directory / (episode + PARTIAL_SUFFIX)
+
+    def manifest(self, episode: str) -> Path:
+        return self.directory / (episode + MANIFEST_SUFFIX)
+
+    def begin(self, episode: str) -> io.FileIO:
+        """A new, empty partial, unbuffered; an older one is removed first. Raises ``OSError``."""
+        durable.unlink_if_present(self.partial(episode))
+        fd = os.open(self.partial(episode), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        return io.FileIO(fd, "wb")
+
+    def commit(self, manifest: Manifest) -> Path:
+        """Give the finished partial its name. A crash in between leaves a partial, and a manifest nobody reads."""
+        durable.write_file(self.manifest(manifest.episode), msgspec.json.encode(manifest), sync=False)
+        artifact = self.artifact(manifest.episode)
+        os.rename(self.partial(manifest.episode), artifact)
+        return artifact
+
+    def peek(self, episode: str) -> Manifest | None:
+        """The manifest of an artifact that is there with the right size, else None."""
+        try:
+            manifest = msgspec.json.decode(self.manifest(episode).read_bytes(), type=Manifest)
+            size = self.artifact(episode).stat().st_size
+        except (OSError, msgspec.MsgspecError):
+            return None
+        return manifest if manifest.episode == episode and manifest.artifact_bytes == size else None
+
+    def find(self, episode: str) -> Manifest | None:
+        """As `peek`, and the artifact can be believed: written in this boot, or its SHA-256 is right. Reads it then."""
+        manifest = self.peek(episode)
+        if manifest is None or (manifest.boot_id and manifest.boot_id == durable.boot_id()):
+            return manifest
+        return manifest if is_intact(self.artifact(episode), manifest) else None
+
+    def remove(self, episode: str) -> None:
+        """Remove all files of an episode, the artifact first: a manifest alone means nothing. May be repeated."""
+        for path in (self.artifact(episode), self.partial(episode), self.manifest(episode)):
+            durable.unlink_if_present(path)
+
+    def episodes(self) -> set[str]:
+        """The ids that have any file here."""
+        ids = set()
+        for name in os.listdir(self.directory):
+            for suffix in (PARTIAL_SUFFIX, ARTIFACT_SUFFIX, MANIFEST_SUFFIX):  # .partial first: it ends otherwise
+                if name.endswith(suffix):
+                    ids.add(name.removesuffix(suffix))
+                    break
+        return ids
+
+
+def is_intact(artifact: Path, manifest: Manifest) -> bool:
+    """Whether the file's bytes still are what the manifest says: reads all of it. False when it is unreadable."""
+    try:
+        with open(artifact, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == manifest.artifact_sha256
+    except OSError:
+        return False

@@ -1,0 +1,430 @@
+"""The spool: looking at it, and every move of an episode between its states.
+
+What always holds: each method leaves, wherever it is interrupted, a spool that the next look brings to the
+state before or after it, with nothing lost (argued at each); only the holder of the lock calls those that
+change something; an episode's directory is only ever renamed within the spool, never written into, but for the
+reason in a quarantined one.
+
+Imports ``layout``, ``outbox``, ``durable``, ``episode``, ``lifecycle``, ``errors``; the supervisor and the
+shipper import it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from fastship import durable
+from fastship.episode import MARKER, Manifest, Receipt, is_episode_id
+from fastship.errors import UsageError
+from fastship.lifecycle import Facts
+from fastship.spool.layout import Layout, Lock
+from fastship.spool.outbox import Outbox
+
+REASON_FILE = "quarantine_reason.json"
+_CONDEMNED_PREFIX = ".condemned-"
+_REMOVING_PREFIX = ".removing-"
+_LATER = "~"  # shipped/<id>~1: no id holds one, so what follows it is ours
+
+
+class Look(msgspec.Struct, frozen=True):
+    """What one look through ``episodes/`` found."""
+
+    ready: list[tuple[str, str]]  # (sort key, episode), sorted: with a marker and not held
+    held: list[str]
+    impossible: list[str]  # with a marker, but the name cannot be an id
+    recording: list[str]  # without a marker
+
+
+class HoldRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Why an episode is held; on disk as ``holds/<id>.json``."""
+
+    episode: str
+    reason: str  # "conflict", "changing", "changed-after-packing"
+    status: int | None
+    error: str
+    body: str
+    fingerprint: str  # of the episode when it was held
+    artifact_sha256: str
+    held_at: str  # UTC
+
+
+class QuarantineReason(msgspec.Struct, frozen=True, kw_only=True):
+    """``quarantine_reason.json`` (shared with the tool that fastship replaced)."""
+
+    status_code: int | None
+    error: str
+    body: str
+    quarantined_at_wall: str  # UTC, %Y-%m-%dT%H:%M:%SZ
+    mtime_ns: int = 0  # of the directory before the reason was put into it
+
+
+class Quarantined(msgspec.Struct, frozen=True, kw_only=True):
+    """One entry of ``quarantine/``."""
+
+    episode: str
+    name: str  # of the directory: the id, or id~N where there were more of that id
+    reason: QuarantineReason | None  # None: not readable
+    modified_at: float  # seconds since the epoch
+
+
+class _Condemned(msgspec.Struct, frozen=True):
+    """A decided quarantine, durable before anything moves."""
+
+    name: str  # of the directory in episodes/, its bytes as hex
+    target: str  # in quarantine/, likewise
+    reason: QuarantineReason
+
+
+def now_wall() -> str:
+    """The time as fastship writes it into its files: UTC, whole seconds."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class Spool:
+    """One spool. Blocks on the disk; raises ``OSError`` where the disk does."""
+
+    def __init__(self, root: Path | str, *, order: str = "name") -> None:
+        self.paths = Layout(Path(root))
+        self.outbox = Outbox(self.paths.outbox)
+        self._order = order
+
+    def create(self) -> None:
+        """Make the directories that are missing. Raises `SpoolError` when they cannot be used. May be repeated."""
+        self.paths.create()
+
+    def lock(self, *, wait_s: float = 0.0) -> Lock:
+        """Take the spool. Raises `SpoolBusy`."""
+        return Lock(self.paths.lock, wait_s=wait_s)
+
+    # --- looking ---------------------------------------------------------------------------------------------
+
+    def look(self) -> Look:
+        """Go through ``episodes/``: one system call an entry (``access`` of the marker), none blocks on data."""
+        ready: list[tuple[str, str]] = []
+        impossible: list[str] = []
+        recording: list[str] = []
+        held = {name.removesuffix(".json") for name in os.listdir(self.paths.holds)}
+        held_here: list[str] = []
+        fd = os.open(self.paths.episodes, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with os.scandir(fd) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if not entry.is_dir(follow_symlinks=False):
+                        continue
+                    if not os.access(f"{name}/{MARKER}", os.F_OK, dir_fd=fd, follow_symlinks=True):
+                        recording.append(name)
+                    elif not is_episode_id(name):
+                        impossible.append(name)
+                    elif name in held:
+                        held_here.append(name)
+                    else:
+                        ready.append((self.key(name), name))
+        finally:
+            os.close(fd)
+        ready.sort()
+        return Look(ready, sorted(held_here), sorted(impossible), recording)
+
+    def key(self, episode: str) -> str:
+        """What decides an episode's turn (setting ``spool.order``)."""
+        if self._order == "name":
+            return episode
+        try:
+            age_ns = os.stat(self.paths.episodes / episode / MARKER).st_mtime_ns
+        except OSError:
+            age_ns = 0
+        return f"{age_ns if self._order == 'oldest' else (1 << 63) - age_ns:020d}"
+
+    def facts(self, episode: str) -> Facts:
+        """What is on disk of one id, for `lifecycle.infer`."""
+        directory = self.paths.episodes / episode
+        return Facts(
+            directory=directory.is_dir() and not directory.is_symlink(),
+            marker=(directory / MARKER).exists(),
+            artifact=self.outbox.peek(episode) is not None,
+            leftovers=any(
+                path.exists()
+                for path in (
+                    self.outbox.artifact(episode),
+                    self.outbox.partial(episode),
+                    self.outbox.manifest(episode),
+                )
+            ),
+            hold=(self.paths.holds / f"{episode}.json").exists(),
+            condemned=self._condemned_path(episode).exists(),
+            quarantined=(self.paths.quarantine / episode).is_dir(),
+            retired=(self.paths.shipped / episode).is_dir(),
+        )
+
+    # --- retiring --------------------------------------------------------------------------------------------
+
+    def retire(self, retirements: Iterable[tuple[str, Receipt, Manifest]]) -> dict[str, OSError]:
+        """Move proven episodes to ``shipped/`` and remove their artifacts; one group commit for all of them.
+
+        1. The receipts, one journal line each, one fsync. 2. The renames. 3. fsync of both directories. 4. The
+        artifacts. Interrupted before 2 is through: the episode is still in ``episodes/``, is offered again and
+        answered 200. Before 4: the artifact has no episode any more and the sweep removes it. An episode of the
+        same id that was retired before is not touched: the newer one stands beside it as ``<id>~1``.
+        Returns those that could not be moved, with the reason; they stay as they are.
+        """
+        batch = list(retirements)
+        if not batch:
+            return {}
+        wall = now_wall()
+        journal = self.paths.receipts / f"{wall[:10]}.jsonl"
+        lines = (
+            msgspec.json.encode({"retired_at": wall, "receipt": receipt, "fingerprint": manifest.fingerprint})
+            for _, receipt, manifest in batch
+        )
+        durable.append_lines(journal, lines)
+        failed: dict[str, OSError] = {}
+        for episode, _, _ in batch:
+            try:
+                os.rename(self.paths.episodes / episode, _free(self.paths.shipped, episode))
+            except OSError as error:
+                failed[episode] = error
+        durable.sync_directory(self.paths.shipped)
+        durable.sync_directory(self.paths.episodes)
+        for episode, _, _ in batch:
+            if episode not in failed:
+                self.outbox.remove(episode)
+        return failed
+
+    def receipts(self) -> Iterator[dict[str, object]]:
+        """Every line of the journals, oldest first; torn lines are passed over."""
+        for path in sorted(self.paths.receipts.glob("*.jsonl")):
+            for line in path.read_bytes().splitlines():
+                try:
+                    yield msgspec.json.decode(line, type=dict[str, object])
+                except msgspec.MsgspecError:
+                    continue
+
+    # --- quarantine ------------------------------------------------------------------------------------------
+
+    def quarantine(self, name: str, *, status_code: int | None, error: str, body: str) -> Path:
+        """Move an episode to ``quarantine/`` with its reason, and remove its artifact; keeps all its data.
+
+        The decision is made durable first (``.condemned-*``), so that `finish_quarantines` can complete it from
+        any point: the directory is found in the one place or in the other, never in both.
+        """
+        directory = self.paths.episodes / name
+        target = _free(self.paths.quarantine, name)
+        reason = QuarantineReason(
+            status_code=status_code,
+            error=error,
+            body=body,
+            quarantined_at_wall=now_wall(),
+            mtime_ns=os.stat(directory).st_mtime_ns,
+        )
+        condemned = _Condemned(os.fsencode(name).hex(), os.fsencode(target.name).hex(), reason)
+        path = self._condemned_path(name)
+        durable.write_file(path, msgspec.json.encode(condemned))
+        self._finish_quarantine(path, condemned)
+        return target
+
+    def finish_quarantines(self) -> None:
+        """Complete the quarantines and removals that a crash interrupted. At start; may be repeated."""
+        for entry in list(os.scandir(self.paths.quarantine)):
+            if entry.name.startswith(_CONDEMNED_PREFIX):
+                try:
+                    condemned = msgspec.json.decode(Path(entry.path).read_bytes(), type=_Condemned)
+                except msgspec.MsgspecError:
+                    continue
+                self._finish_quarantine(Path(entry.path), condemned)
+            elif entry.name.startswith(_REMOVING_PREFIX):
+                shutil.rmtree(entry.path, ignore_errors=True)
+
+    def _finish_quarantine(self, path: Path, condemned: _Condemned) -> None:
+        name = os.fsdecode(bytes.fromhex(condemned.name))
+        source, target = (
+            self.paths.episodes / name,
+            self.paths.quarantine / os.fsdecode(bytes.fromhex(condemned.target)),
+        )
+        if source.is_dir() and not target.exists():
+            durable.move(source, target)
+        if target.is_dir():
+            try:
+                durable.write_file(target / REASON_FILE, msgspec.json.format(msgspec.json.encode(condemned.reason)))
+            except PermissionError:  # a read-only directory of another owner: beside it, then
+                beside = target.with_name(f"{target.name}.{REASON_FILE}")
+                durable.write_file(beside, msgspec.json.encode(condemned.reason))
+        if is_episode_id(name):
+            self.outbox.remove(name)
+            durable.unlink_if_present(self.paths.holds / f"{name}.json")
+        durable.unlink_if_present(path)
+
+    def _condemned_path(self, name: str) -> Path:
+        # By digest: any name fits, however long or odd.
+        return self.paths.quarantine / f"{_CONDEMNED_PREFIX}{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.json"
+
+    def quarantined(self) -> list[Quarantined]:
+        """The entries of ``quarantine/``, by name."""
+        found = []
+        for entry in os.scandir(self.paths.quarantine):
+            if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
+                found.append(self._quarantined(Path(entry.path)))
+        return sorted(found, key=lambda one: one.name)
+
+    def _quarantined(self, path: Path) -> Quarantined:
+        reason = None
+        for place in (path / REASON_FILE, path.with_name(f"{path.name}.{REASON_FILE}")):
+            try:
+                reason = msgspec.json.decode(place.read_bytes(), type=QuarantineReason)
+                break
+            except (OSError, msgspec.MsgspecError):
+                continue
+        episode = path.name.split(_LATER)[0]
+        return Quarantined(episode=episode, name=path.name, reason=reason, modified_at=path.stat().st_mtime)
+
+    def retry(self, name: str, *, new_id: str | None = None) -> str:
+        """Put a quarantined episode back into ``episodes/``, as it was; returns its id. Raises `UsageError`.
+
+        The reason is removed first: interrupted, the entry is in quarantine without a reason, nothing more.
+        """
+        path = self._quarantine_path(name)
+        episode = new_id or path.name.split(_LATER)[0]
+        _check_id(episode)
+        if (self.paths.episodes / episode).exists():
+            raise UsageError(f"episodes/{episode} is there already", remedy="give it another id with --as")
+        reason = self._quarantined(path).reason
+        durable.unlink_if_present(path / REASON_FILE)
+        durable.unlink_if_present(path.with_name(f"{path.name}.{REASON_FILE}"))
+        if reason is not None and reason.mtime_ns:
+            os.utime(path, ns=(reason.mtime_ns, reason.mtime_ns))  # so its content digest is what it was
+        durable.move(path, self.paths.episodes / episode)
+        return episode
+
+    def drop_quarantined(self, name: str) -> None:
+        """Remove a quarantined episode for good. Raises `UsageError`."""
+        self._remove_entry(self._quarantine_path(name))
+
+    def _quarantine_path(self, name: str) -> Path:
+        path = self.paths.quarantine / name
+        if name != Path(name).name or name.startswith(".") or not path.is_dir():
+            raise UsageError(f"{name} is not in quarantine", remedy="see: fastship quarantine list")
+        return path
+
+    def clean_quarantine(self, keep_days: float) -> list[str]:
+        """Remove the entries older than ``keep_days`` by mtime (0 or less: none); returns their names."""
+        if keep_days <= 0:
+            return []
+        oldest = time.time() - keep_days * 86400
+        removed = []
+        for entry in self.quarantined():
+            if entry.modified_at < oldest:
+                self._remove_entry(self.paths.quarantine / entry.name)
+                removed.append(entry.name)
+        return removed
+
+    def _remove_entry(self, path: Path) -> None:
+        # Renamed first: an interrupted removal is recognised and finished, and never looks like an entry.
+        doomed = path.with_name(f"{_REMOVING_PREFIX}{path.name}")
+        os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+        durable.unlink_if_present(path.with_name(f"{path.name}.{REASON_FILE}"))
+
+    # --- holds -----------------------------------------------------------------------------------------------
+
+    def hold(self, record: HoldRecord) -> None:
+        """Leave an episode and its artifact where they are until the hold is released. One durable file."""
+        durable.write_file(self.paths.holds / f"{record.episode}.json", msgspec.json.encode(record))
+
+    def release(self, episode: str) -> bool:
+        """End a hold; True when there was one. Not synced: one that comes back is released again."""
+        return durable.unlink_if_present(self.paths.holds / f"{episode}.json")
+
+    def holds(self) -> list[HoldRecord]:
+        """The holds, by id."""
+        found = []
+        for path in sorted(self.paths.holds.glob("[!.]*.json")):
+            record = self.find_hold(path.name.removesuffix(".json"))
+            if record is not None:
+                found.append(record)
+        return found
+
+    def find_hold(self, episode: str) -> HoldRecord | None:
+        """The hold on one episode; one that cannot be read holds all the same, with that as its reason."""
+        path = self.paths.holds / f"{episode}.json"
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=HoldRecord)
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.MsgspecError) as error:
+            return HoldRecord(
+                episode=episode,
+                reason="unreadable",
+                status=None,
+                error=f"{path} cannot be read: {error}",
+                body="",
+                fingerprint="",
+                artifact_sha256="",
+                held_at="",
+            )
+
+    def keep_local(self, episode: str, *, new_id: str | None = None) -> str:
+        """An operator's word on a hold: ship the local episode, as ``new_id`` where given; returns its id.
+
+        Under its own id it is offered again as it is, for when the receiver's copy was put right. The artifact
+        goes with the hold only for a new id, which the names inside it must carry.
+        """
+        self._require_hold(episode)
+        if new_id is not None:
+            _check_id(new_id)
+            if (self.paths.episodes / new_id).exists():
+                raise UsageError(f"episodes/{new_id} is there already", remedy="choose another id")
+            durable.move(self.paths.episodes / episode, self.paths.episodes / new_id)
+            self.outbox.remove(episode)
+        self.release(episode)
+        return new_id or episode
+
+    def drop_local(self, episode: str) -> Path:
+        """An operator's word on a hold: the receiver's copy is right. The local one is kept, in quarantine."""
+        record = self._require_hold(episode)
+        return self.quarantine(
+            episode, status_code=record.status, error=f"dropped by an operator: {record.error}", body=record.body
+        )
+
+    def _require_hold(self, episode: str) -> HoldRecord:
+        record = self.find_hold(episode) if is_episode_id(episode) else None
+        if record is None or not (self.paths.episodes / episode).is_dir():
+            raise UsageError(f"{episode} is not held", remedy="see: fastship holds list")
+        return record
+
+    # --- sweeping --------------------------------------------------------------------------------------------
+
+    def sweep(self) -> list[str]:
+        """Remove outbox files and holds whose episode is not in ``episodes/`` any more; returns those ids."""
+        ids = self.outbox.episodes()
+        ids.update(name.removesuffix(".json") for name in os.listdir(self.paths.holds) if name.endswith(".json"))
+        stale = sorted(episode for episode in ids if not (self.paths.episodes / episode).is_dir())
+        for episode in stale:
+            self.outbox.remove(episode)
+            self.release(episode)
+        return stale
+
+    def remove_temporaries(self) -> None:
+        """Remove what interrupted writes left. At start only, under the lock."""
+        for directory in (self.paths.outbox, self.paths.holds, self.paths.state, self.paths.quarantine):
+            durable.remove_temporaries(directory)
+
+
+def _free(directory: Path, name: str) -> Path:
+    """``directory/name``, or with ``~1``, ``~2``... where that is taken."""
+    target, number = directory / name, 0
+    while os.path.lexists(target):
+        number += 1
+        target = directory / f"{name}{_LATER}{number}"
+    return target
+
+
+def _check_id(episode: str) -> None:
+    if not is_episode_id(episode):
+        raise UsageError(f"{episode!r} cannot be an episode's id", remedy="letters, digits and ._- only, at most 200")
