@@ -22,6 +22,7 @@ from fastship.lifecycle.events import (
     Discard,
     Event,
     Found,
+    Gone,
     Hold,
     Measure,
     Measured,
@@ -36,6 +37,7 @@ from fastship.lifecycle.events import (
     Share,
     Tick,
     WorkerJoined,
+    WorkerLeaving,
     WorkerLeft,
 )
 from fastship.lifecycle.states import CLAIMED, TRANSITIONS, State
@@ -94,6 +96,7 @@ class Book:
         self.ready: list[tuple[str, str]] = []  # sorted (key, episode) of the READY ones
         self.waiting: set[str] = set()  # the WAITING ones
         self.workers: dict[int, set[str]] = {}  # what each has
+        self.leaving: set[int] = set()  # workers that drain
         self.shares: dict[int, int] = {}
         self.breaker = Breaker()
         self.draining = False
@@ -138,6 +141,8 @@ def decide(book: Book, event: Event, now: float) -> list[Command]:
             _measured(book, event)
         case WorkerJoined():
             book.workers[event.worker] = set()
+        case WorkerLeaving():
+            book.leaving.add(event.worker)
         case WorkerLeft():
             _left(book, event, commands)
         case PackBegan():
@@ -152,6 +157,10 @@ def decide(book: Book, event: Event, now: float) -> list[Command]:
             _returned(book, event)
         case Released():
             _released(book, event, commands)
+        case Gone():
+            entry = book.entries.get(event.episode)
+            if entry is not None and entry.state not in CLAIMED:
+                book.move(entry, State.GONE)
         case Tick():
             pass
     _wake(book, now)
@@ -197,6 +206,7 @@ def _measured(book: Book, event: Measured) -> None:
 def _left(book: Book, event: WorkerLeft, commands: list[Command]) -> None:
     had = [book.entries[episode] for episode in book.workers.pop(event.worker, set())]
     book.shares.pop(event.worker, None)
+    book.leaving.discard(event.worker)
     at = [entry for entry in had if entry.state in (State.PACKING, State.SHIPPING)]
     for entry in had:
         if book.breaker.probe == entry.episode:
@@ -250,13 +260,8 @@ def _answered(book: Book, event: Answered, now: float, commands: list[Command]) 
         assert verdict.receipt is not None
         commands.append(Retire(event.episode, verdict.receipt, event.manifest))
         book.move(entry, State.RETIRED)
-    elif verdict.outcome is Outcome.SHIPPED:
-        # What the receiver holds is what was packed, not what is here now: sent again, it would be a conflict.
-        text = "the episode changed after it was packed; the receiver holds it as it was before"
-        commands.append(_hold(event, "changed-after-packing", text))
-        book.move(entry, State.HELD)
     elif verdict.outcome is Outcome.CONFLICT:
-        commands.append(_hold(event, "conflict", verdict.error))
+        commands.append(_hold(event))
         book.move(entry, State.HELD)
     elif verdict.outcome is Outcome.REJECTED:
         commands.append(Quarantine(event.episode, verdict.status, verdict.error, verdict.body))
@@ -264,16 +269,19 @@ def _answered(book: Book, event: Answered, now: float, commands: list[Command]) 
     else:
         if verdict.outcome is Outcome.DAMAGED:
             commands.append(Discard(event.episode))
-        _postpone(book, entry, verdict.error, now, verdict.retry_after_s or 0.0)
-        fields: dict[str, object] = {"episode": event.episode, "status": verdict.status, "error": verdict.error}
+        error = verdict.error
+        if verdict.outcome is Outcome.SHIPPED:
+            # The receiver holds what was packed, not what is here now: packed again, that will be a conflict.
+            error = "the episode changed after it was packed; the receiver holds it as it was before"
+        _postpone(book, entry, error, now, verdict.retry_after_s or 0.0)
+        fields: dict[str, object] = {"episode": event.episode, "status": verdict.status, "error": error}
         commands.append(Report("warning", "attempt-failed", fields))
 
 
-def _hold(event: Answered, reason: str, error: str) -> Hold:
+def _hold(event: Answered) -> Hold:
     verdict, manifest = event.verdict, event.manifest
-    return Hold(
-        event.episode, reason, verdict.status, error, verdict.body, manifest.fingerprint, manifest.artifact_sha256
-    )
+    sha256 = manifest.artifact_sha256
+    return Hold(event.episode, "conflict", verdict.status, verdict.error, verdict.body, manifest.fingerprint, sha256)
 
 
 WELL = frozenset({Outcome.SHIPPED, Outcome.CONFLICT, Outcome.REJECTED})
@@ -390,6 +398,8 @@ def _has_room(book: Book, worker: int, entry: Entry | None) -> bool:
     the outbox does not grow faster than the link takes it.
     """
     mine = [book.entries[episode] for episode in book.workers[worker]]
+    if worker in book.leaving:
+        return False
     if any(other.kills for other in mine) or (entry is not None and entry.kills and mine):
         return False
     if sum(1 for other in mine if other.state is State.SHIPPING) >= book.policy.in_flight:

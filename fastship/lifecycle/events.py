@@ -42,6 +42,12 @@ class WorkerLeft(msgspec.Struct, frozen=True):
     error: str = ""
 
 
+class WorkerLeaving(msgspec.Struct, frozen=True):
+    """A worker was told to drain: it finishes what it began and gets nothing new."""
+
+    worker: int
+
+
 class PackBegan(msgspec.Struct, frozen=True, tag=True):
     episode: str
 
@@ -62,7 +68,7 @@ class PackFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Answered(msgspec.Struct, frozen=True, tag=True):
-    """The verdict on an attempt. ``unchanged``: after a SHIPPED the episode still is what was packed."""
+    """The verdict on an attempt. ``unchanged``: the episode still is what was packed (looked at after SHIPPED only)."""
 
     episode: str
     verdict: Verdict
@@ -83,6 +89,12 @@ class Released(msgspec.Struct, frozen=True):
     key: str
 
 
+class Gone(msgspec.Struct, frozen=True):
+    """An operator's word took a held or waiting episode out of ``episodes/``."""
+
+    episode: str
+
+
 class Tick(msgspec.Struct, frozen=True):
     """Time went by."""
 
@@ -91,6 +103,7 @@ Event = (
     Found
     | Measured
     | WorkerJoined
+    | WorkerLeaving
     | WorkerLeft
     | PackBegan
     | Packed
@@ -98,6 +111,7 @@ Event = (
     | Answered
     | Returned
     | Released
+    | Gone
     | Tick
 )
 
@@ -133,8 +147,8 @@ class Quarantine(msgspec.Struct, frozen=True):
 
 
 class Hold(msgspec.Struct, frozen=True):
-    """Leave the episode and its artifact in place until it changes (reason ``conflict``), is still (``changing``) or
-    an operator decides."""
+    """Leave the episode and its artifact in place until an operator decides, or it changes (reason ``conflict``) or
+    has stopped changing (``changing``)."""
 
     episode: str
     reason: str

@@ -4,7 +4,7 @@
 daemon notices them by inotify and at every look. A request whose sender went away is carried out all the same:
 it was an operator's word.
 
-Imports ``durable``; ``spool``'s store, the supervisor and the shipper import it.
+Imports ``store``, ``durable`` and ``errors``; the supervisor and the shipper import it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Literal
 import msgspec
 
 from fastship import durable
+from fastship.spool.store import Spool
 
 Action = Literal["retry", "drop", "keep-local", "drop-local"]
 
@@ -26,6 +27,14 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     action: Action
     episode: str
     new_id: str | None = None
+
+
+class Effect(msgspec.Struct, frozen=True):
+    """What carrying out a request did, for the supervisor's book and the operator's eyes."""
+
+    text: str
+    gone: str | None = None  # the id that left episodes/
+    ready: str | None = None  # the id that is ready now
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,3 +84,20 @@ def forget_old(directory: Path, *, older_than_s: float) -> None:
     for entry in os.scandir(directory):
         if time.time() - entry.stat().st_mtime > older_than_s:
             durable.unlink_if_present(entry.path)
+
+
+def carry_out(spool: Spool, request: Request) -> Effect:
+    """Do what an operator asked. The caller holds the spool lock. Raises `UsageError` when it cannot be."""
+    episode = request.episode
+    if request.action == "retry":
+        ready = spool.retry(episode, new_id=request.new_id)
+        return Effect(f"{ready} is back in episodes/ and will be tried again", ready=ready)
+    if request.action == "drop":
+        spool.drop_quarantined(episode)
+        return Effect(f"{episode} was removed from quarantine, for good")
+    if request.action == "keep-local":
+        ready = spool.keep_local(episode, new_id=request.new_id)
+        gone = episode if ready != episode else None
+        return Effect(f"the hold on {episode} is released; it will be shipped as {ready}", gone, ready)
+    target = spool.drop_local(episode)
+    return Effect(f"{episode} was moved to quarantine/{target.name}; its data is kept there", gone=episode)

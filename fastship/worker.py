@@ -1,0 +1,232 @@
+"""A worker process: packs the episodes it is given and ships them, the next one packed while the last one uploads.
+
+Three threads beside the frame pool's: the main one reads messages and beats, one packs, one (of
+`upload.Session`) moves bytes. What always holds: a worker writes in the outbox only, in files of episodes it
+was given; it changes nothing in ``episodes/``; it ends at once when its supervisor is gone, and because it
+inherited the spool lock no other supervisor can have begun before it has.
+
+Imports ``pack``, ``frames``, ``upload``, ``spool`` (the outbox alone), ``ipc`` and below. Run by the supervisor as
+``python -m fastship.worker FD``; nothing imports it but for `BOOT_FAILED`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import structlog
+
+from fastship import ipc
+from fastship.episode import Manifest, Outcome, Verdict
+from fastship.errors import FastshipError, OutboxFull, PackError
+from fastship.frames import FramePool
+from fastship.lifecycle.events import Answered, PackBegan, Packed, PackFailed, Returned
+from fastship.pack import PackOptions, fingerprint, pack, raise_open_files_limit
+from fastship.spool import Outbox
+from fastship.spool.layout import Layout
+from fastship.upload import Artifact, Session
+
+BOOT_FAILED = 71  # exit status: another worker would not start either
+BEAT_S = 0.25
+
+log = structlog.get_logger(__name__)
+
+
+class _Progress:
+    """How far one episode is; written by the thread that works on it, read by the main one."""
+
+    __slots__ = ("done_bytes", "shipping", "since", "total_bytes")
+
+    def __init__(self) -> None:
+        self.shipping = False
+        self.done_bytes = 0
+        self.total_bytes = 0
+        self.since = time.monotonic()
+
+
+class Worker:
+    """All of the process but its start."""
+
+    def __init__(self, channel: ipc.WorkerEnd, welcome: ipc.Welcome) -> None:
+        settings = welcome.settings
+        self._channel = channel
+        self._layout = Layout(Path(settings.spool.root))
+        self._outbox = Outbox(self._layout.outbox)
+        self._options = PackOptions(
+            level=settings.pack.level, frame_bytes=settings.pack.frame_bytes, owner=settings.pack.owner
+        )
+        self._pool = FramePool(threads=1, frame_bytes=settings.pack.frame_bytes)
+        self._queue: queue.SimpleQueue[ipc.Assignment | None] = queue.SimpleQueue()
+        self._under_way: dict[str, _Progress] = {}
+        self._manifests: dict[str, Manifest] = {}
+        self._draining = False
+        self._session = Session(
+            settings.destination, settings.upload, on_progress=self._shipped_bytes, on_verdict=self._judged
+        )
+        # Looking at an episode again takes as long as it has files: not on the thread that moves bytes.
+        self._checker = ThreadPoolExecutor(1, thread_name_prefix="check")
+        self._packer = threading.Thread(target=self._pack_all, name="pack", daemon=True)
+
+    def run(self) -> int:
+        """Until drained (0) or the supervisor is gone (1)."""
+        self._packer.start()
+        self._channel.send(ipc.Ready())
+        next_beat = 0.0
+        while True:
+            message = self._channel.receive(timeout_s=BEAT_S)
+            match message:
+                case ipc.Assignment():
+                    self._queue.put(message)
+                case ipc.Shares():
+                    if message.threads is not None:
+                        self._pool.set_threads(message.threads)
+                    if message.bandwidth is not None:
+                        self._session.set_bandwidth(message.bandwidth)
+                case ipc.Drain():
+                    self._drain()
+            if time.monotonic() >= next_beat:
+                self._channel.send(ipc.Beat(self._progress()))
+                next_beat = time.monotonic() + BEAT_S
+            if self._draining and not self._packer.is_alive() and not self._under_way:
+                self._checker.shutdown()
+                return 0
+
+    def _drain(self) -> None:
+        if self._draining:
+            return
+        self._draining = True
+        with contextlib.suppress(queue.Empty):
+            while True:
+                assignment = self._queue.get_nowait()
+                if assignment is not None:
+                    self._channel.send(Returned(assignment.episode))
+        self._queue.put(None)
+
+    def _progress(self) -> list[ipc.UnderWay]:
+        now = time.monotonic()
+        return [
+            ipc.UnderWay(episode, p.shipping, p.done_bytes, p.total_bytes, now - p.since)
+            for episode, p in list(self._under_way.items())
+        ]
+
+    # --- the pack thread -------------------------------------------------------------------------------------
+
+    def _pack_all(self) -> None:
+        while True:
+            assignment = self._queue.get()
+            if assignment is None:
+                return
+            with contextlib.suppress(ipc.Closed):  # the main thread reads the end of file, too
+                self._attempt(assignment)
+
+    def _attempt(self, assignment: ipc.Assignment) -> None:
+        episode = assignment.episode
+        self._under_way[episode] = _Progress()
+        self._channel.send(PackBegan(episode))
+        try:
+            manifest, reused = self._artifact_of(episode)
+        except FastshipError as error:
+            self._pack_failed(
+                episode, error.code, f"{error.message}; {error.remedy}" if error.remedy else error.message
+            )
+        except Exception as error:  # a bug, or a kind of I/O error nobody thought of: the worker lives on
+            log.exception("pack-crashed", episode=episode)
+            self._pack_failed(episode, "internal", f"{type(error).__name__}: {error}")
+        else:
+            progress = _Progress()
+            progress.shipping, progress.total_bytes = True, manifest.artifact_bytes
+            self._under_way[episode] = progress
+            self._manifests[episode] = manifest
+            self._channel.send(Packed(episode, manifest, reused))
+            first = assignment.first_attempt and not reused
+            self._session.submit(Artifact(manifest, self._outbox.artifact(episode)), first_attempt=first)
+
+    def _pack_failed(self, episode: str, code: str, error: str) -> None:
+        durable_name = self._outbox.partial(episode)
+        with contextlib.suppress(OSError):
+            durable_name.unlink()
+        found = ""
+        with contextlib.suppress(PackError, OSError):
+            found = fingerprint(self._layout.episodes / episode, owner=self._options.owner)
+        del self._under_way[episode]
+        self._channel.send(PackFailed(episode, code, error, found))
+
+    def _artifact_of(self, episode: str) -> tuple[Manifest, bool]:
+        """The artifact of an episode as it is now: the one in the outbox (True), or packed anew (False)."""
+        directory = self._layout.episodes / episode
+        manifest = self._outbox.find(episode)
+        if manifest is not None and manifest.fingerprint == fingerprint(directory, owner=self._options.owner):
+            return manifest, True
+        progress = self._under_way[episode]
+
+        def advanced(done_bytes: int) -> None:
+            progress.done_bytes = done_bytes
+
+        try:
+            with self._outbox.begin(episode) as sink:
+                manifest = pack(directory, sink, self._options, self._pool, advanced)
+            self._outbox.commit(manifest)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise OutboxFull(f"{self._layout.outbox}: {error.strerror}", remedy="free some space") from None
+            raise
+        return manifest, False
+
+    # --- the session's thread --------------------------------------------------------------------------------
+
+    def _shipped_bytes(self, episode: str, done_bytes: int, total_bytes: int) -> None:
+        progress = self._under_way[episode]
+        progress.done_bytes, progress.total_bytes = done_bytes, total_bytes
+
+    def _judged(self, episode: str, verdict: Verdict) -> None:
+        if verdict.outcome is Outcome.SHIPPED:
+            self._checker.submit(self._answer, episode, verdict)
+        else:
+            self._answer(episode, verdict)
+
+    def _answer(self, episode: str, verdict: Verdict) -> None:
+        manifest = self._manifests.pop(episode)
+        unchanged = True
+        if verdict.outcome is Outcome.SHIPPED:
+            try:
+                now = fingerprint(self._layout.episodes / episode, owner=self._options.owner)
+                unchanged = now == manifest.fingerprint
+            except (PackError, OSError):
+                unchanged = False
+        with contextlib.suppress(ipc.Closed):
+            self._channel.send(Answered(episode, verdict, manifest, unchanged))
+        del self._under_way[episode]  # last: a draining worker ends when nothing is under way
+
+
+def main(fd: int) -> int:
+    """The process. Ends with `BOOT_FAILED` when what it needs is not there."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the supervisor's to read
+    channel = ipc.WorkerEnd(socket.socket(fileno=fd))
+    try:
+        welcome = channel.receive(timeout_s=30.0)
+        if not isinstance(welcome, ipc.Welcome):
+            return BOOT_FAILED
+        try:
+            raise_open_files_limit()
+            worker = Worker(channel, welcome)
+        except Exception as error:
+            sys.stderr.write(f"fastship: worker cannot start: {type(error).__name__}: {error}\n")
+            return BOOT_FAILED
+        return worker.run()
+    except ipc.Closed:
+        return 1
+
+
+if __name__ == "__main__":
+    status = main(int(sys.argv[1]))
+    sys.stderr.flush()
+    os._exit(status)  # at once: threads may be in the middle of a frame or of a request, and nothing is owed
