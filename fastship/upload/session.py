@@ -1,0 +1,340 @@
+"""The session: one thread that carries artifacts to one destination, several at a time.
+
+What always holds: each submitted artifact gets exactly one verdict, in the session's thread, unless the session
+is drained before it began or closed before it ended (then it is still in the outbox, and so much of it as the
+receiver made durable still at the receiver); no exception in one artifact's course touches another's; an idle
+session uses no CPU time.
+
+The thread alone touches libcurl. Other threads put what they want into the inbox and wake it.
+
+Imports the other modules of ``upload``; the worker imports it through ``fastship.upload``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+import msgspec
+
+from fastship.episode import Outcome, Scope, Verdict
+from fastship.settings import DestinationSettings, UploadSettings
+from fastship.upload.course import (
+    Artifact,
+    CheckArtifact,
+    Checked,
+    Course,
+    Fault,
+    FaultKind,
+    Request,
+    Result,
+    Wait,
+)
+from fastship.upload.curl import Transfers
+from fastship.upload.native import native_upload
+from fastship.upload.verdict import verdict_of_fault
+
+log = logging.getLogger(__name__)
+
+PROGRESS_S = 0.2
+"""Progress of an artifact is told at most this often: a display's pace."""
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with the episode, the artifact's bytes that the receiver has or was sent, and all its bytes."""
+OnVerdict = Callable[[str, Verdict], None]
+
+
+class Session:
+    """Ships artifacts over up to ``upload.connections`` connections. All methods are thread-safe.
+
+    ``on_progress`` and ``on_verdict`` are called in the session's thread, which does nothing else meanwhile; they may
+    call ``submit``. What they raise is logged. Make it after any fork: it starts a thread.
+    """
+
+    def __init__(
+        self,
+        destination: DestinationSettings,
+        upload: UploadSettings,
+        *,
+        on_verdict: OnVerdict,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        self._destination = destination
+        self._upload = upload
+        self._on_progress = on_progress
+        self._on_verdict = on_verdict
+        self._transfers: Transfers[_Passage] = Transfers(destination, upload)
+        self._lock = threading.Condition()
+        self._queue: deque[tuple[Artifact, bool]] = deque()
+        self._bandwidth: float | None = None  # a new limit that the thread has not taken up yet
+        self._draining = False
+        self._closing = False
+        self._closed = False  # the thread has let go of everything
+        self._under_way: set[_Passage] = set()  # changed by the thread alone, under the lock
+        self._checked: list[tuple[_Passage, Checked]] = []
+        self._waits: list[_Waiting] = []  # a heap, the next due first
+        self._count = itertools.count()
+        self._thread = threading.Thread(target=self._run, name="fastship-upload", daemon=True)
+        self._thread.start()
+
+    def submit(self, artifact: Artifact, *, first_attempt: bool) -> None:
+        """Ship ``artifact`` when its turn comes, in the order of submission; returns at once.
+
+        ``first_attempt`` False: something of it may be at the receiver, go on from there. Do not submit an artifact
+        again before its verdict. Raises ``RuntimeError`` once the session drains or is closed.
+        """
+        with self._lock:
+            if self._draining or self._closing:
+                raise RuntimeError("the session takes no more artifacts")
+            self._queue.append((artifact, first_attempt))
+            self._transfers.wake()
+
+    def set_bandwidth(self, bytes_per_s: float) -> None:
+        """Limit what all of the session's transfers send together; 0: no limit. Takes effect at once."""
+        with self._lock:
+            self._bandwidth = bytes_per_s
+            if not self._closed:
+                self._transfers.wake()
+
+    @property
+    def in_flight(self) -> int:
+        """Artifacts that have begun and have no verdict yet."""
+        with self._lock:
+            return len(self._under_way)
+
+    @property
+    def queued(self) -> int:
+        """Artifacts that have not begun."""
+        with self._lock:
+            return len(self._queue)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Begin nothing more and block until all under way have their verdicts: True, or False after ``timeout_s``.
+
+        What was queued is dropped without a verdict; what waits for a retry gets its verdict now. May be repeated.
+        """
+        with self._lock:
+            self._draining = True
+            self._queue.clear()
+            if not self._closed:
+                self._transfers.wake()
+            return self._lock.wait_for(lambda: not self._under_way, timeout_s)
+
+    def close(self) -> None:
+        """Cut everything at once, without verdicts, and end the thread. May be repeated; not from a callback."""
+        with self._lock:
+            self._draining = self._closing = True
+            self._queue.clear()
+            if not self._closed:
+                self._transfers.wake()
+        self._thread.join()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # The session's thread from here on.
+
+    def _run(self) -> None:
+        try:
+            while self._take_inbox():
+                for passage, result, sent_bytes in self._transfers.poll(self._sleep_s()):
+                    passage.sending = False
+                    passage.sent_bytes += sent_bytes
+                    self._advance(passage, result)
+                self._tell_progress()
+        except Exception as error:
+            log.exception("the upload session ends because of a fault of its own")
+            with self._lock:
+                self._closing = self._draining = True
+                self._under_way |= {_Passage(artifact, _no_course()) for artifact, _ in self._queue}
+            for passage in list(self._under_way):
+                self._finish(passage, _fault_of_ours(error))
+        finally:
+            with self._lock:
+                self._closing = self._draining = self._closed = True
+                self._queue.clear()
+                self._transfers.close()
+                for passage in self._under_way:
+                    passage.close()
+                self._under_way.clear()
+                self._lock.notify_all()
+
+    def _take_inbox(self) -> bool:
+        """Do what other threads and the clock ask for; False: end."""
+        with self._lock:
+            if self._closing:
+                return False
+            bandwidth, self._bandwidth = self._bandwidth, None
+            checked, self._checked = self._checked, []
+            draining = self._draining
+        if bandwidth is not None:
+            self._transfers.set_bandwidth(bandwidth)
+        for passage, result in checked:
+            self._advance(passage, result)
+        now = time.monotonic()
+        while self._waits and (draining or self._waits[0].due <= now):
+            waiting = heapq.heappop(self._waits)
+            if draining:
+                self._finish(waiting.passage, waiting.wait.verdict)
+            else:
+                self._advance(waiting.passage, None)
+        while self._begin_next():
+            pass
+        return True
+
+    def _begin_next(self) -> bool:
+        with self._lock:
+            if not self._queue or len(self._under_way) >= self._upload.connections:
+                return False
+            artifact, first_attempt = self._queue.popleft()
+            course = native_upload(artifact, self._destination, self._upload, first_attempt=first_attempt)
+            passage = _Passage(artifact, course)
+            self._under_way.add(passage)
+        fault = passage.open()
+        if fault:
+            self._finish(passage, verdict_of_fault(fault))
+        else:
+            self._advance(passage, None)
+        return True
+
+    def _advance(self, passage: _Passage, result: Result) -> None:
+        """Tell the course what came of its last step and do the next one, or end with its verdict."""
+        try:
+            step = passage.course.send(result)
+            match step:
+                case Request():
+                    passage.sending = step.body is not None and step.body.length_bytes > 0
+                    passage.offset = step.body.offset if step.body else 0
+                    self._transfers.start(passage, step, passage.fd)
+                case Wait():
+                    due = time.monotonic() + step.seconds
+                    heapq.heappush(self._waits, _Waiting(due, next(self._count), passage, step))
+                    log.info("%s: again in %.1f s: %s", passage.episode, step.seconds, step.verdict.error)
+                case CheckArtifact():
+                    log.warning("%s: the receiver finds its digest wrong; reading the artifact again", passage.episode)
+                    # Minutes for a large one: a thread, so that the others go on. A daemon, so that close() may cut it.
+                    threading.Thread(target=self._check, args=(passage,), name="fastship-check", daemon=True).start()
+        except StopIteration as stop:
+            self._finish(passage, stop.value)
+        except Exception as error:
+            log.exception("%s: a fault of our own in its upload", passage.episode)
+            self._finish(passage, _fault_of_ours(error))
+
+    def _finish(self, passage: _Passage, verdict: Verdict) -> None:
+        self._transfers.cancel(passage)
+        passage.close()
+        verdict = msgspec.structs.replace(verdict, sent_bytes=passage.sent_bytes)
+        try:
+            self._on_verdict(passage.episode, verdict)
+        except Exception:
+            log.exception("%s: what follows its verdict failed", passage.episode)
+        with self._lock:  # only now: whoever waits in drain() finds every callback done
+            self._under_way.discard(passage)
+            self._lock.notify_all()
+
+    def _check(self, passage: _Passage) -> None:
+        """In a thread of its own."""
+        manifest = passage.artifact.manifest
+        try:
+            with open(passage.artifact.path, "rb") as file:
+                intact = hashlib.file_digest(file, "sha256").hexdigest() == manifest.artifact_sha256
+        except OSError as error:
+            log.error("%s: %s: %s", passage.episode, passage.artifact.path, error.strerror)
+            intact = False
+        with self._lock:
+            if not self._closed:
+                self._checked.append((passage, Checked(intact)))
+                self._transfers.wake()
+
+    def _sleep_s(self) -> float | None:
+        now = time.monotonic()
+        dues = [waiting.due for waiting in self._waits[:1]]
+        if self._on_progress is not None:
+            dues += [passage.progress_due for passage in self._under_way if passage.sending]
+        return max(0.0, min(dues) - now) if dues else None
+
+    def _tell_progress(self) -> None:
+        if self._on_progress is None:
+            return
+        now = time.monotonic()
+        for passage in list(self._under_way):
+            if passage.sending and now >= passage.progress_due:
+                passage.progress_due = now + PROGRESS_S
+                done = passage.offset + self._transfers.sent_bytes(passage)
+                if done != passage.told_bytes:
+                    passage.told_bytes = done
+                    try:
+                        self._on_progress(passage.episode, done, passage.artifact.manifest.artifact_bytes)
+                    except Exception:
+                        log.exception("%s: telling its progress failed", passage.episode)
+
+
+class _Passage:
+    """One artifact under way: its course, its open file, and what was sent of it."""
+
+    def __init__(self, artifact: Artifact, course: Course) -> None:
+        self.artifact = artifact
+        self.course = course
+        self.fd = -1
+        self.sent_bytes = 0  # in all requests that ended
+        self.offset = 0  # where the request under way began
+        self.sending = False  # a request with a body is under way
+        self.progress_due = 0.0
+        self.told_bytes = -1
+
+    @property
+    def episode(self) -> str:
+        return self.artifact.manifest.episode
+
+    def open(self) -> Fault | None:
+        """Open the artifact's file, and see that it is as long as it should be before anything is promised."""
+        try:
+            self.fd = os.open(self.artifact.path, os.O_RDONLY | os.O_CLOEXEC)
+            size = os.fstat(self.fd).st_size
+        except OSError as error:
+            return Fault(FaultKind.ARTIFACT, f"{self.artifact.path}: {error.strerror}")
+        if size != self.artifact.manifest.artifact_bytes:
+            expected = self.artifact.manifest.artifact_bytes
+            return Fault(FaultKind.ARTIFACT, f"{self.artifact.path} has {size} bytes, its manifest says {expected}")
+        return None
+
+    def close(self) -> None:
+        """May be repeated."""
+        self.course.close()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class _Waiting(NamedTuple):
+    """Ordered by time, then by arrival."""
+
+    due: float
+    number: int
+    passage: _Passage
+    wait: Wait
+
+
+def _no_course() -> Course:
+    """Of an artifact that gets its verdict without ever having begun."""
+    raise AssertionError("never begun")
+    yield
+
+
+def _fault_of_ours(error: Exception) -> Verdict:
+    return Verdict(
+        outcome=Outcome.TRANSIENT,
+        scope=Scope.NETWORK,
+        error=f"a fault of fastship's own, see the log: {type(error).__name__}: {error}",
+    )
