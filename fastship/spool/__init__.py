@@ -1,7 +1,8 @@
 """The spool: the watched tree of a lab host and every durable step in it.
 
 ``layout`` (directories, lock) -> ``outbox`` (artifacts) -> ``watch`` -> ``store`` (the moves) -> ``requests`` (an
-operator's words): each imports only those before it. The supervisor alone moves episodes, under the lock; workers use `Outbox` alone.
+operator's words): each imports only those before it. The supervisor alone moves episodes, under the lock; workers use
+`Outbox` alone.
 """
 
 from fastship.spool.layout import Lock

@@ -94,7 +94,7 @@ class Spool:
     def __init__(self, root: Path | str, *, order: str = "name") -> None:
         self.paths = Layout(Path(root))
         self.outbox = Outbox(self.paths.outbox)
-        self._order = order
+        self.order = order
 
     def create(self) -> None:
         """Make the directories that are missing. Raises `SpoolError` when they cannot be used. May be repeated."""
@@ -135,13 +135,13 @@ class Spool:
 
     def key(self, episode: str) -> str:
         """What decides an episode's turn (setting ``spool.order``)."""
-        if self._order == "name":
+        if self.order == "name":
             return episode
         try:
             age_ns = os.stat(self.paths.episodes / episode / MARKER).st_mtime_ns
         except OSError:
             age_ns = 0
-        return f"{age_ns if self._order == 'oldest' else (1 << 63) - age_ns:020d}"
+        return f"{age_ns if self.order == 'oldest' else (1 << 63) - age_ns:020d}"
 
     def facts(self, episode: str) -> Facts:
         """What is on disk of one id, for `lifecycle.infer`."""

@@ -1,0 +1,175 @@
+"""The worker processes as the supervisor holds them: started, spoken to, listened to, reaped.
+
+What always holds: workers are started afresh (never forked from a process with threads), inherit the spool
+lock and their channel and nothing else, and stand in a process group of their own, so that a terminal's Ctrl-C
+reaches the supervisor alone. A worker that cannot start is not started for ever: `WorkerCannotStart`.
+
+Imports ``ipc`` and below; the supervisor's loop imports it.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fastship
+from fastship import ipc
+from fastship.errors import WorkerCannotStart
+from fastship.lifecycle import Book, State
+from fastship.settings import Settings
+
+BOOT_FAILED = 71
+"""Exit status of a worker that says that another one would not start either."""
+BOOTS_BEFORE_GIVING_UP = 3  # workers in a row that ended before they were ready, whatever their status
+TERMINATE_S = 3.0  # from SIGTERM to SIGKILL
+
+
+class Hand:
+    """One worker process."""
+
+    def __init__(self, number: int, process: subprocess.Popen[bytes], channel: ipc.SupervisorEnd) -> None:
+        self.number = number
+        self.process = process
+        self.channel = channel
+        self.ready = False
+        self.leaving = False  # told to drain
+        self.gone = False  # its channel is at its end
+        self.heard_at = time.monotonic()
+        self.under_way: list[ipc.UnderWay] = []
+        self.bandwidth = 0
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def exit_status(self) -> int | None:
+        return self.process.poll()
+
+    def messages(self) -> Iterator[ipc.FromWorker]:
+        """What it has said since; ends when there is no more now, and marks it gone at the end of file."""
+        try:
+            while (message := self.channel.receive()) is not None:
+                self.heard_at = time.monotonic()
+                yield message
+        except ipc.Closed:
+            self.gone = True
+
+    def kill(self) -> None:
+        """SIGKILL. A worker owes nothing: whatever it was at begins again."""
+        self.process.kill()
+
+
+class Crew:
+    """All workers of one supervisor."""
+
+    def __init__(self, settings: Settings, lock_fd: int, selector: selectors.BaseSelector) -> None:
+        self.settings = settings
+        self.hands: dict[int, Hand] = {}
+        self._lock_fd = lock_fd
+        self._selector = selector
+        self._numbers = 0
+        self._failed_boots = 0
+
+    def hire(self, *, threads: int) -> Hand:
+        """Start one more worker. Does not wait for it."""
+        self._numbers += 1
+        channel, theirs = ipc.pair()
+        environment = dict(os.environ)
+        # The package that runs now, wherever it is, and (-P) nothing of the working directory.
+        environment["PYTHONPATH"] = os.pathsep.join(
+            part for part in (str(Path(fastship.__file__).parent.parent), environment.get("PYTHONPATH")) if part
+        )
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "fastship.worker", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(), self._lock_fd),
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # standard output is the command's
+                env=environment,
+                process_group=0,
+            )
+        hand = Hand(self._numbers, process, channel)
+        self.hands[hand.number] = hand
+        self._selector.register(channel, selectors.EVENT_READ, hand)
+        self.send(hand.number, ipc.Welcome(hand.number, self.settings, threads))
+        return hand
+
+    def send(self, number: int, message: ipc.ToWorker) -> None:
+        """To a worker that may be gone already: then it is reaped, and what it had goes back."""
+        hand = self.hands.get(number)
+        if hand is None:
+            return
+        try:
+            hand.channel.send(message)
+        except ipc.Closed:
+            hand.gone = True
+        except ipc.Stuck:
+            hand.kill()
+
+    def silent(self, timeout_s: float) -> list[Hand]:
+        """The workers not heard of for so long. One that is starting has the same time."""
+        if not timeout_s:
+            return []
+        oldest = time.monotonic() - timeout_s
+        return [hand for hand in self.hands.values() if hand.heard_at < oldest and hand.exit_status is None]
+
+    def reap(self) -> list[tuple[Hand, str]]:
+        """The workers that have ended, each with how. Call after their last messages were read.
+
+        Raises `WorkerCannotStart` when starting more is of no use.
+        """
+        ended = []
+        for hand in list(self.hands.values()):
+            if not hand.gone:
+                continue
+            try:
+                status = hand.process.wait(timeout=1.0)
+            except subprocess.TimeoutExpired:  # it closed its channel and lives: no worker of ours
+                hand.kill()
+                status = hand.process.wait()
+            self._forget(hand)
+            ended.append((hand, f"killed by signal {-status}" if status < 0 else f"ended with status {status}"))
+            self._failed_boots = 0 if hand.ready else self._failed_boots + 1
+            if not hand.ready and (status == BOOT_FAILED or self._failed_boots >= BOOTS_BEFORE_GIVING_UP):
+                raise WorkerCannotStart(
+                    f"a worker process could not start ({ended[-1][1]})",
+                    remedy="what it printed above says why; is the installation whole?",
+                )
+        return ended
+
+    def share_bandwidth(self, total: int, book: Book) -> None:
+        """Divide ``total`` bytes a second evenly among the workers that ship (all, while none does)."""
+        shipping = [
+            hand
+            for hand in self.hands.values()
+            if any(book.entries[one].state is State.SHIPPING for one in book.workers.get(hand.number, ()))
+        ] or list(self.hands.values())
+        for hand in shipping:
+            share = max(1, total // len(shipping))
+            if hand.bandwidth != share:
+                hand.bandwidth = share
+                self.send(hand.number, ipc.Shares(bandwidth=share))
+
+    def dismiss(self) -> None:
+        """End every worker now: those told to drain have had their time. Returns when none is left."""
+        for hand in self.hands.values():
+            hand.process.terminate()
+        deadline = time.monotonic() + TERMINATE_S
+        for hand in list(self.hands.values()):
+            try:
+                hand.process.wait(timeout=max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                hand.kill()
+                hand.process.wait()
+            self._forget(hand)
+
+    def _forget(self, hand: Hand) -> None:
+        self._selector.unregister(hand.channel)
+        hand.channel.close()
+        del self.hands[hand.number]

@@ -1,0 +1,375 @@
+"""The loop: reap, receive, obey, scan, decide, execute, report.
+
+What always holds: the supervisor alone moves episodes between states, under the spool lock; it decides nothing
+itself (``lifecycle.decide`` does) and moves no bytes itself (the workers do); signals only raise flags; an
+exception in a step of the loop is logged and the loop goes on, but for those that say nothing can ever work
+(`WorkerCannotStart`).
+
+Imports everything below it but ``receiver`` and ``upload``; the shipper imports it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import time
+from collections import deque
+from collections.abc import Callable
+
+import structlog
+
+from fastship import ipc, status
+from fastship.errors import FastshipError, PackError, SpoolError, UsageError
+from fastship.lifecycle import Book, Policy, decide, next_wake
+from fastship.lifecycle import events as ev
+from fastship.pack import measure
+from fastship.settings import Settings
+from fastship.spool import HoldRecord, Spool
+from fastship.spool.store import now_wall
+from fastship.supervisor.crew import Crew, Hand
+from fastship.supervisor.patrol import Patrol
+from fastship.supervisor.signals import Signals
+from fastship.supervisor.tally import Tally
+
+log = structlog.get_logger(__name__)
+
+STOP_LOOK_S = 0.5  # the stop flag is looked at as often as this
+LOCK_WAIT_S = 5.0  # the workers of a supervisor that was killed need a moment to notice
+REPORT_S = 1.0
+OBSERVE_S = 0.25
+
+
+class Supervisor:
+    """One run: a single pass (``once``) or until told to stop. Used once; not thread-safe."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        once: bool,
+        stop_check: Callable[[], bool] | None = None,
+        heartbeat: Callable[[], None] | None = None,
+        observer: Callable[[status.Snapshot], None] | None = None,
+        reload: Callable[[], Settings] | None = None,
+    ) -> None:
+        self._settings = settings
+        self._once = once
+        self._stop_check = stop_check
+        self._heartbeat = heartbeat
+        self._observer = observer
+        self._reload = reload
+        self._spool = Spool(settings.spool.root, order=settings.spool.order)
+        self._book = Book(policy_of(settings, once=once))
+        self._selector = selectors.DefaultSelector()
+        self._events: deque[ev.Event] = deque()
+        self._retirements: list[ev.Retire] = []
+        self._signals = Signals()
+        self._tally = Tally(settings.destination.url, once=once)
+        self._drain_until: float | None = None
+        self._deciding = False
+        self._stopping = False
+        self._hiring = False
+        self._next_report = self._next_observe = 0.0
+        self._patrol = Patrol(
+            settings, self._spool, self._book, self._selector, feed=self._feed, settle=self._flush_retirements
+        )
+
+    def run(self) -> status.PassResult:
+        """Take the spool, work, let go of it. Raises `SpoolBusy`, `SpoolError`, `WorkerCannotStart`."""
+        self._spool.create()
+        lock = self._spool.lock(wait_s=LOCK_WAIT_S)
+        self._crew = Crew(self._settings, lock.fd, self._selector)
+        try:
+            with self._signals.handled(self._selector) if self._reload else contextlib.nullcontext():
+                self._begin()
+                self._loop()
+        finally:
+            status.notify("STOPPING=1")
+            self._crew.dismiss()
+            self._patrol.close()
+            self._end()
+            lock.release()
+            self._selector.close()
+        return self._tally.totals(self._book)
+
+    def _begin(self) -> None:
+        try:
+            self._patrol.repair()
+            if not self._once:
+                self._patrol.watch()
+            self._patrol.look()
+        except OSError as error:
+            raise SpoolError(f"{error.filename}: {error.strerror}", remedy="check who owns the spool's files") from None
+        self._hiring = not self._once or bool(self._book.ready)  # an empty pass needs no workers
+        status.notify("READY=1")
+
+    def _end(self) -> None:
+        """Retire what was proven until the last moment. What cannot be is offered again next time."""
+        try:
+            self._flush_retirements()
+        except OSError:
+            log.exception("retire-failed")
+        self._report(final=True)
+
+    def _loop(self) -> None:
+        while not self._finished():
+            try:
+                self._reap()
+                self._receive(self._timeout())
+                self._obey()
+                if not self._once and self._drain_until is None:
+                    self._patrol.turn(self._heartbeat)
+                self._feed(ev.Tick())
+                self._flush_retirements()
+                self._report()
+            except FastshipError:
+                raise
+            except Exception:
+                log.exception("step-failed")
+                time.sleep(STOP_LOOK_S)  # whatever it is, not in a busy loop
+
+    def _finished(self) -> bool:
+        if self._stopping:
+            return True
+        if self._drain_until is not None:
+            return not self._crew.hands or time.monotonic() >= self._drain_until
+        return self._once and self._book.idle()
+
+    def _hire(self) -> None:
+        count = worker_count(self._settings)
+        while self._drain_until is None and sum(1 for hand in self._crew.hands.values() if not hand.leaving) < count:
+            self._crew.hire(threads=thread_count(self._settings))
+
+    # --- reap ------------------------------------------------------------------------------------------------
+
+    def _reap(self) -> None:
+        timeout_s = self._settings.workers.heartbeat_timeout_s
+        for hand in self._crew.silent(timeout_s):
+            log.error("worker-silent", worker=hand.number, pid=hand.pid, for_s=timeout_s)
+            hand.kill()
+        for hand, how in self._crew.reap():  # raises WorkerCannotStart
+            died = not hand.leaving or hand.exit_status != 0
+            if hand.ready:
+                self._feed(ev.WorkerLeft(hand.number, died, how))
+            (log.warning if died else log.info)("worker-left", worker=hand.number, pid=hand.pid, how=how)
+        if self._hiring:
+            self._hire()
+
+    # --- receive ---------------------------------------------------------------------------------------------
+
+    def _timeout(self) -> float:
+        """Seconds until something is due. What is overdue waits for a message, not for time: not counted."""
+        now = time.monotonic()
+        times = [now + STOP_LOOK_S]
+        if not self._once and self._drain_until is None:
+            times.append(max(now, self._patrol.next_due()))
+        if self._observer is not None:
+            times.append(max(now, self._next_observe))
+        wake = next_wake(self._book)
+        if wake is not None and wake > now:
+            times.append(wake)
+        return min(times) - now
+
+    def _receive(self, timeout_s: float) -> None:
+        for key, _ in self._selector.select(timeout_s):
+            source = key.data
+            if isinstance(source, Hand):
+                for message in source.messages():
+                    self._heard(source, message)
+            else:
+                source()  # inotify or a signal
+
+    def _heard(self, hand: Hand, message: ipc.FromWorker) -> None:
+        match message:
+            case ipc.Ready():
+                hand.ready = True
+                self._feed(ev.WorkerJoined(hand.number))
+            case ipc.Beat():
+                hand.under_way = message.under_way
+            case ev.Answered():
+                self._tally.answered(self._book, message)
+                self._feed(message)
+            case ev.PackFailed():
+                self._tally.pack_failed(self._book, message.episode, message.error)
+                self._feed(message)
+            case _:
+                self._feed(message)
+
+    # --- decide, execute -------------------------------------------------------------------------------------
+
+    def _feed(self, event: ev.Event) -> None:
+        """Tell the book and carry out what it says. Events that come of that wait for their turn."""
+        self._events.append(event)
+        if self._deciding:
+            return
+        self._deciding = True
+        try:
+            while self._events:
+                self._decide(self._events.popleft())
+        finally:
+            self._deciding = False
+        self._share_bandwidth()
+
+    def _decide(self, event: ev.Event) -> None:
+        for command in decide(self._book, event, time.monotonic()):
+            try:
+                self._execute(command)
+            except OSError as error:
+                # The disk says no. What was decided is found again by the next look, and decided again.
+                log.error("command-failed", command=type(command).__name__, error=str(error))
+
+    def _execute(self, command: ev.Command) -> None:
+        match command:
+            case ev.Measure():
+                self._events.append(ev.Measured(command.episode, self._frames_of(command.episode)))
+            case ev.Assign():
+                self._crew.send(command.worker, ipc.Assignment(command.episode, command.first_attempt))
+            case ev.Share():
+                self._crew.send(command.worker, ipc.Shares(threads=command.threads))
+            case ev.Retire():
+                self._retirements.append(command)
+            case ev.Quarantine():
+                self._quarantine(command)
+            case ev.Hold():
+                self._hold(command)
+            case ev.Discard():
+                self._spool.outbox.remove(command.episode)
+            case ev.Report():
+                getattr(log, command.level)(command.event, **command.fields)
+
+    def _frames_of(self, episode: str) -> int:
+        """About how many frames an episode has, counted no further than all cores could be busy with."""
+        frame_bytes = self._settings.pack.frame_bytes
+        limit = 2 * thread_count(self._settings) * frame_bytes
+        try:
+            size = measure(self._spool.paths.episodes / episode, limit)
+        except (PackError, OSError):
+            return 1  # the worker will say what is wrong
+        return 1 + (size.bytes + 1024 * size.files) // frame_bytes
+
+    def _quarantine(self, command: ev.Quarantine) -> None:
+        log.error("quarantined", episode=ascii(command.episode), status=command.status_code, error=command.error)
+        self._tally.quarantined(self._book, command.episode, command.error)
+        self._spool.quarantine(command.episode, status_code=command.status_code, error=command.error, body=command.body)
+
+    def _hold(self, command: ev.Hold) -> None:
+        log.error("held", episode=command.episode, reason=command.reason, status=command.status, error=command.error)
+        self._tally.held(self._book, command.episode, command.error)
+        self._spool.hold(
+            HoldRecord(
+                episode=command.episode,
+                reason=command.reason,
+                status=command.status,
+                error=command.error,
+                body=command.body,
+                fingerprint=command.fingerprint,
+                artifact_sha256=command.artifact_sha256,
+                held_at=now_wall(),
+            )
+        )
+
+    def _flush_retirements(self) -> None:
+        """The group commit: all episodes proven since the last turn of the loop are retired together."""
+        batch, self._retirements = self._retirements, []
+        if not batch:
+            return
+        failed = self._spool.retire([(one.episode, one.receipt, one.manifest) for one in batch])
+        for one in batch:
+            if one.episode in failed:
+                log.error("retire-failed", episode=one.episode, error=str(failed[one.episode]))
+            else:
+                self._tally.retired(one.manifest)
+
+    # --- drain, stop, reload ---------------------------------------------------------------------------------
+
+    def _obey(self) -> None:
+        """What signals and the caller's stop flag ask for."""
+        if "stop" in self._signals.raised:
+            self._stopping = True
+        if self._drain_until is None and ("drain" in self._signals.raised or (self._stop_check and self._stop_check())):
+            limit_s = self._settings.workers.drain_timeout_s
+            log.info("draining", limit_s=limit_s)
+            status.notify("STOPPING=1")
+            self._drain_until = time.monotonic() + limit_s
+            self._book.draining = True
+            self._dismiss_present()
+        if self._signals.take("reload"):
+            self._reload_settings()
+
+    def _dismiss_present(self) -> None:
+        for hand in list(self._crew.hands.values()):
+            if not hand.leaving:
+                self._feed(ev.WorkerLeaving(hand.number))
+                hand.leaving = True
+                self._crew.send(hand.number, ipc.Drain())
+
+    def _reload_settings(self) -> None:
+        """New settings, new workers; the old ones finish what they began. Wrong settings change nothing."""
+        if self._reload is None:
+            return
+        status.notify("RELOADING=1")
+        try:
+            new = self._reload()
+            if new.spool.root != self._settings.spool.root:
+                raise UsageError("spool.root cannot change while running", remedy="restart the daemon")
+        except FastshipError as error:
+            log.error("reload-refused", error=error.message, remedy=error.remedy)
+        else:
+            log.info("reloaded")
+            self._settings = new
+            self._book.policy = policy_of(new, once=self._once)
+            self._spool.order = new.spool.order
+            self._patrol.settings = self._crew.settings = new
+            self._dismiss_present()
+            self._hire()
+        status.notify("READY=1")
+
+    # --- report ----------------------------------------------------------------------------------------------
+
+    def _share_bandwidth(self) -> None:
+        total = self._settings.upload.bandwidth
+        if total:
+            self._crew.share_bandwidth(total, self._book)
+
+    def _report(self, *, final: bool = False) -> None:
+        now = time.monotonic()
+        observed = self._observer is not None and (final or now >= self._next_observe)
+        written = final or now >= self._next_report
+        if not observed and not written:
+            return
+        snapshot = self._tally.snapshot(
+            self._book,
+            self._crew.hands.values(),
+            recording=self._patrol.recording,
+            draining=self._drain_until is not None,
+        )
+        if written:
+            self._next_report = now + REPORT_S
+            status.write(self._spool.paths.state, snapshot)
+        if observed and self._observer is not None:
+            self._next_observe = now + OBSERVE_S
+            self._observer(snapshot)
+
+
+def thread_count(settings: Settings) -> int:
+    """Cores to pack with: ``pack.threads``, or all that this process may use."""
+    return settings.pack.threads or len(os.sched_getaffinity(0))
+
+
+def worker_count(settings: Settings) -> int:
+    """Worker processes: ``workers.count``, or one for each core to pack with."""
+    return settings.workers.count or thread_count(settings)
+
+
+def policy_of(settings: Settings, *, once: bool) -> Policy:
+    """What the rules need of the settings."""
+    return Policy(
+        cores=thread_count(settings),
+        in_flight=2 * settings.upload.connections,  # half of them in line, so that a connection never waits
+        poison_after=settings.workers.poison_after,
+        pause_min_s=settings.destination.pause_min_s,
+        pause_max_s=settings.destination.pause_max_s,
+        pause_after=settings.destination.pause_after,
+        once=once,
+    )

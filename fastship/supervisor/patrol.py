@@ -1,0 +1,202 @@
+"""What the supervisor does on the disk without being asked by a worker: look, notice, sweep, clean up, serve operators.
+
+What always holds: the regular look is the truth and inotify a hint; a look never costs more than `LOOK_SHARE` of a
+core over time, however many episodes there are; nothing is decided here but by `lifecycle.infer`: findings go to
+the book as events.
+
+Imports ``spool``, ``pack`` (fingerprints), ``lifecycle``, ``settings``; the supervisor's loop imports it.
+"""
+
+from __future__ import annotations
+
+import selectors
+import time
+from collections.abc import Callable
+
+import msgspec
+import structlog
+
+from fastship import status
+from fastship.episode import is_episode_id
+from fastship.errors import PackError, UsageError
+from fastship.lifecycle import CLAIMED, Book, State, infer
+from fastship.lifecycle.events import Event, Found, Gone, Released
+from fastship.pack import fingerprint
+from fastship.settings import Settings
+from fastship.spool import MarkerWatch, Spool, requests
+
+log = structlog.get_logger(__name__)
+
+NOTICE_S = 0.02  # markers are gathered for so long: a recorder that makes many files wakes us 50 times a second at most
+LOOK_SHARE = 0.005  # of one core
+HOLD_LOOK_S = 60.0  # held episodes are looked at again so often: it takes a walk through each
+
+
+class Patrol:
+    """Of one run of the supervisor. ``feed`` tells the book; ``settle`` finishes what was decided but not yet done."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        spool: Spool,
+        book: Book,
+        selector: selectors.BaseSelector,
+        *,
+        feed: Callable[[Event], None],
+        settle: Callable[[], None],
+    ) -> None:
+        self.settings = settings
+        self.recording = 0  # unfinished episodes at the last look
+        self._spool = spool
+        self._book = book
+        self._selector = selector
+        self._feed = feed
+        self._settle = settle
+        self._watch: MarkerWatch | None = None
+        self._notice_at: float | None = None
+        self._next_look = self._next_pass = self._next_hold_look = self._next_cleanup = 0.0
+
+    def repair(self) -> None:
+        """Bring what a crash left to a state that `infer` knows; afterwards nothing has to be remembered."""
+        self._spool.remove_temporaries()
+        self._spool.finish_quarantines()
+        self._sweep()
+        self._cleanup()
+
+    def watch(self) -> None:
+        """Notice markers at once from now on, where the kernel helps."""
+        paths = self._spool.paths
+        try:
+            self._watch = MarkerWatch(paths.episodes, paths.requests)
+        except OSError as error:
+            log.warning("no-inotify", error=str(error), remedy="new markers are seen every spool.scan_interval_s only")
+            return
+        self._selector.register(self._watch, selectors.EVENT_READ, self.notice)
+
+    def close(self) -> None:
+        """Let go of inotify."""
+        if self._watch is not None:
+            if self._notice_at is None:
+                self._selector.unregister(self._watch)
+            self._watch.close()
+            self._watch = None
+
+    def next_due(self) -> float:
+        """When `turn` has something to do."""
+        return min(self._next_look, self._next_pass, self._notice_at or self._next_look)
+
+    def turn(self, heartbeat: Callable[[], None] | None) -> None:
+        """Whatever is due now."""
+        now = time.monotonic()
+        if self._notice_at is not None and now >= self._notice_at and self._watch is not None:
+            self._notice_at = None
+            self._selector.register(self._watch, selectors.EVENT_READ, self.notice)
+        if now >= self._next_look:
+            self.look()
+        if now >= self._next_pass:
+            self._next_pass = now + self.settings.spool.scan_interval_s
+            self._pass(heartbeat)
+
+    def notice(self) -> None:
+        """What inotify says. Each episode is looked at before it is believed."""
+        if self._watch is None:
+            return
+        marked, asked, overflowed = self._watch.read()
+        ready = [(self._spool.key(name), name) for name in marked if self._is_ready(name)]
+        if ready:
+            self.recording = max(0, self.recording - len(ready))
+            self._feed(Found(ready, complete=False))
+        if asked:
+            self._serve_requests()
+        if overflowed:
+            self._next_look = 0.0
+        self._selector.unregister(self._watch)
+        self._notice_at = time.monotonic() + NOTICE_S
+
+    def _is_ready(self, name: str) -> bool:
+        # Names that cannot be ids wait for the regular look, which says so.
+        return is_episode_id(name) and infer(self._spool.facts(name)) in (State.READY, State.PACKED)
+
+    def look(self) -> None:
+        """The truth: one look through ``episodes/``."""
+        began = time.monotonic()
+        self._settle()
+        look = self._spool.look()
+        if self._watch is not None:
+            late = [name for name in self._watch.follow(look.recording) if self._is_ready(name)]
+            look.ready.extend((self._spool.key(name), name) for name in late)
+        self.recording = len(look.recording)
+        self._feed(Found(look.ready, look.held, look.impossible))
+        self._look_at_holds(look.held)
+        cost_s = time.monotonic() - began
+        self._next_look = time.monotonic() + max(self.settings.spool.scan_interval_s, cost_s / LOOK_SHARE)
+
+    def _look_at_holds(self, held: list[str]) -> None:
+        """Release the holds whose episode changed (or, held because it was changing, has stopped to)."""
+        if not held or time.monotonic() < self._next_hold_look:
+            return
+        self._next_hold_look = time.monotonic() + HOLD_LOOK_S
+        for episode in held:
+            record = self._spool.find_hold(episode)
+            if record is None or not record.fingerprint:
+                continue
+            try:
+                now = fingerprint(self._spool.paths.episodes / episode, owner=self.settings.pack.owner)
+            except (PackError, OSError):
+                continue
+            if (now != record.fingerprint) == (record.reason != "changing"):
+                log.info("hold-released", episode=episode, reason=record.reason)
+                self._spool.release(episode)
+                self._feed(Released(episode, self._spool.key(episode)))
+            elif record.reason == "changing":
+                self._spool.hold(msgspec.structs.replace(record, fingerprint=now))
+
+    def _pass(self, heartbeat: Callable[[], None] | None) -> None:
+        """Once every scan interval: sweep, clean up, the requests that inotify may have missed, heartbeat."""
+        self._sweep()
+        if time.monotonic() >= self._next_cleanup:
+            self._cleanup()
+        self._serve_requests()
+        requests.forget_old(self._spool.paths.requests, older_than_s=3600.0)
+        status.notify("WATCHDOG=1")
+        if heartbeat is not None:
+            try:
+                heartbeat()
+            except Exception:
+                log.exception("heartbeat-failed")
+
+    def _sweep(self) -> None:
+        for episode in self._spool.sweep():
+            log.info("swept", episode=episode)
+
+    def _cleanup(self) -> None:
+        retention = self.settings.retention
+        self._next_cleanup = time.monotonic() + retention.quarantine_cleanup_interval_s
+        for name in self._spool.clean_quarantine(retention.quarantine_keep_days):
+            log.info("quarantine-cleaned", entry=name)
+
+    def _serve_requests(self) -> None:
+        for path, request in requests.pending(self._spool.paths.requests):
+            if request is None:
+                reply = requests.Answer(ok=False, text="the request cannot be read")
+            else:
+                reply = self._serve(request)
+            requests.answer(path, reply)
+
+    def _serve(self, request: requests.Request) -> requests.Answer:
+        entry = self._book.entries.get(request.episode)
+        if entry is not None and entry.state in CLAIMED:
+            text = f"{request.episode} is being worked on"
+            return requests.Answer(ok=False, text=text, remedy="try again in a moment")
+        try:
+            effect = requests.carry_out(self._spool, request)
+        except UsageError as error:
+            return requests.Answer(ok=False, text=error.message, remedy=error.remedy)
+        except OSError as error:
+            return requests.Answer(ok=False, text=f"{error.filename}: {error.strerror}")
+        if effect.gone is not None:
+            self._feed(Gone(effect.gone))
+        if effect.ready is not None:
+            self._feed(Released(effect.ready, self._spool.key(effect.ready)))
+        log.info("operator", action=request.action, episode=request.episode, effect=effect.text)
+        return requests.Answer(ok=True, text=effect.text)
