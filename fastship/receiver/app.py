@@ -1,0 +1,464 @@
+"""The ASGI application: routes, the order of decisions, and what becomes of a body.
+
+What always holds: no file work on the event loop; nothing of a body is read before the decisions from the headers;
+an exception that nobody foresaw is logged and answered 500 without details; tokens are in no log.
+
+Imported by ``server`` and, as `create_app`, by the package's users.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import re
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import msgspec
+
+from fastship import durable, fields
+from fastship.errors import ArtifactError, ReceiverError
+from fastship.receiver import answers, decisions
+from fastship.receiver.access import Access
+from fastship.receiver.answers import Answer
+from fastship.receiver.decisions import Body, Declared, Facts
+from fastship.receiver.ingest import End, Receive, ingest
+from fastship.receiver.lock import Busy, Superseded
+from fastship.receiver.partial import Partial
+from fastship.receiver.reading import send_artifact
+from fastship.receiver.request import Request, Scope, Send
+from fastship.receiver.store import ContentMismatch, DigestMismatch, Store
+from fastship.receiver.uploads import LengthMismatch, UnknownUpload, Upload
+from fastship.settings import ReceiverSettings
+
+_log = logging.getLogger("fastship.receiver")
+
+IDLE_TIMEOUT_S = 60.0  # a body of which nothing comes for so long is given up; what came is kept
+_BUSY_WAIT_S = 20.0  # for an artifact that is being verified, before the client is asked to come again
+_SWEEP_INTERVAL_S = 3600.0
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ROUTE = re.compile(r"/v1/(episodes|uploads|receipts)/([^/]*)")
+
+T = TypeVar("T")
+Route = Callable[[Request, str], Awaitable[Answer | None]]
+
+
+def create_app(settings: ReceiverSettings) -> Receiver:
+    """The receiver as an ASGI 3 application. Makes the root. Raises `ReceiverError` when it cannot be used."""
+    return Receiver(settings)
+
+
+class Receiver:
+    """One process's receiver. Call `close` when it has no event loop to end its life span."""
+
+    def __init__(self, settings: ReceiverSettings) -> None:
+        try:
+            from fastship.receiver.metrics import Metrics
+        except ImportError as error:
+            raise missing_extra(error) from None
+        self._settings = settings
+        self._access = Access(settings.token_file, settings.commits_file)
+        self._store = Store(settings)
+        self._uploads = self._store.uploads
+        self._metrics = Metrics()
+        self._io = ThreadPoolExecutor(16, "receiver-io")
+        self._publishing = ThreadPoolExecutor(8, "receiver-publish")  # fsyncs of several share one commit
+        self._open_bodies = 0
+        self._sweeping: asyncio.Task[None] | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+        elif scope["type"] == "http":
+            await self._serve(Request(scope, receive, send))
+
+    def close(self) -> None:
+        """Let threads end; does not wait for them."""
+        self._io.shutdown(wait=False)
+        self._publishing.shutdown(wait=False)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        await receive()
+        self._sweeping = asyncio.ensure_future(self._sweep())
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        self._sweeping.cancel()
+        self.close()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _sweep(self) -> None:
+        while True:
+            try:
+                await self._in(self._io, self._uploads.sweep)
+            except Exception:
+                _log.exception("sweeping %s failed", self._store.root)
+            await asyncio.sleep(_SWEEP_INTERVAL_S)
+
+    async def _serve(self, request: Request) -> None:
+        try:
+            answer = await self._route(request)
+            if answer is not None:
+                await request.answer(answer)
+        except Exception:
+            _log.exception("%s %s failed", request.method, request.path)
+            if request.status:
+                raise  # too late for an answer: the server cuts the connection
+            await request.answer(answers.INTERNAL)
+        finally:
+            self._metrics.requests.labels(request.method, str(request.status)).inc()
+            if request.body_bytes:
+                self._metrics.body_bytes.inc(request.body_bytes)
+
+    async def _route(self, request: Request) -> Answer | None:
+        """The answer, or None when it was sent already (or there is nobody to send it to)."""
+        if request.path == "/healthz":
+            return Answer(200, {"status": "ok"})
+        refused = decisions.admit(self._access.allows(request.headers.get("authorization")))
+        if refused is not None:
+            return refused
+        if request.path == "/metrics":
+            await request.text(self._metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
+            return None
+        match = _ROUTE.fullmatch(request.path)
+        if match is None:
+            return answers.error(404, "not-found", "no such resource; see docs/protocol.md")
+        kind, name = match[1], match[2]
+        if kind != "uploads":
+            refused = decisions.admit(True, name)
+            if refused is not None:
+                return refused
+        routes: dict[str, dict[str, Route]] = {
+            "episodes": {"PUT": self._put, "GET": self._get, "HEAD": self._get},
+            "uploads": {"PATCH": self._patch, "HEAD": self._head_upload, "DELETE": self._delete_upload},
+            "receipts": {"GET": self._get_receipt, "HEAD": self._get_receipt},
+        }
+        methods = routes[kind]
+        if request.method == "OPTIONS":
+            return Answer(204, None, (("Allow", ", ".join(methods)), self._limits()))
+        if request.method not in methods:
+            return answers.error(405, "bad-method", f"not {request.method} here", ("Allow", ", ".join(methods)))
+        return await methods[request.method](request, name)
+
+    # --- reading ---------------------------------------------------------------------------------------------
+
+    async def _get(self, request: Request, episode: str) -> Answer | None:
+        receipt = await self._in(self._io, self._store.receipt, episode)
+        if receipt is None:
+            return answers.error(404, "not-found", f"episode {episode} is not stored here")
+        try:
+            await send_artifact(request, self._store.artifact_path(episode), receipt, self._io)
+        except FileNotFoundError:
+            return answers.error(404, "not-found", f"episode {episode} is not stored here")
+        return None
+
+    async def _get_receipt(self, _request: Request, episode: str) -> Answer | None:
+        receipt = await self._in(self._io, self._store.receipt, episode)
+        if receipt is None:
+            return answers.error(404, "not-found", f"episode {episode} is not stored here")
+        return Answer(200, msgspec.to_builtins(receipt))
+
+    # --- storing ---------------------------------------------------------------------------------------------
+
+    async def _put(self, request: Request, episode: str) -> Answer | None:
+        body = decisions.read_body(request.headers)
+        if isinstance(body, Answer):
+            return body
+        declared = decisions.read_declared(request.headers, episode, body)
+        if isinstance(declared, Answer):
+            return declared
+        facts = await self._in(self._io, self._facts, declared, not body.empty)
+        commit = request.headers.get(self._settings.commit_field.lower())
+        verdict = decisions.decide_put(declared, commit, facts)
+        if verdict is not None:
+            return self._count(verdict)
+        if body.complete is False:
+            return await self._create(request, declared, body)
+        return await self._store_at_once(request, declared, body)
+
+    def _facts(self, declared: Declared, has_body: bool) -> Facts:
+        settings = self._settings
+        return Facts(
+            stored=self._store.receipt(declared.episode),
+            room_bytes=self._store.room_bytes(self._uploads.token(declared) if declared.sha256 else None),
+            max_bytes=settings.max_bytes,
+            commits=self._access.commits(),
+            commit_field=settings.commit_field,
+            overloaded=has_body and self._open_bodies >= settings.max_requests,
+        )
+
+    async def _store_at_once(self, request: Request, declared: Declared, body: Body) -> Answer | None:
+        """Way 1: the whole artifact in this body."""
+        partial = await self._in(self._io, self._uploads.one_shot)
+        try:
+            digest = hashlib.sha256() if body.sha256 else None
+            limit = self._settings.max_bytes or None
+            try:
+                end = await self._ingest(request, partial, limit, digest)
+            except OSError as error:
+                if declared.sha256:
+                    await self._in(self._io, self._keep, declared, partial)
+                return self._storage_failed(error)
+            if end is End.TOO_LONG:
+                return self._count(decisions.too_large(self._settings.max_bytes))
+            if end is not End.WHOLE:
+                if declared.sha256 and not body.sha256:
+                    await self._in(self._io, self._keep, declared, partial)
+                return _GIVEN_UP if end is End.IDLE else None
+            if digest is not None and digest.hexdigest() != body.sha256:
+                return self._count(_digest_mismatch("the body is not what Content-Digest says"))
+            answer, _ = await self._in(self._publishing, self._publish, partial, declared)
+            if declared.sha256 and answer.status < 300:
+                await self._in(self._io, self._forget, self._uploads.token(declared))
+            return self._count(answer)
+        finally:
+            await self._in(self._io, durable.unlink_if_present, partial.path)
+            partial.close()
+
+    async def _create(self, request: Request, declared: Declared, body: Body) -> Answer | None:
+        """Way 2, creation: find or begin the upload; the body, if any, is its first bytes."""
+        upload = await self._take(lambda: self._uploads.create(declared))
+        if isinstance(upload, Answer):
+            return upload
+        try:
+            if not body.empty and upload.partial.offset == 0:
+                stopped, answer = await self._append(request, upload, body)
+                if stopped:
+                    return answer
+            offset = await self._in(self._io, upload.tell)
+            location = ("Location", f"/v1/uploads/{upload.token}")
+            return Answer(201, None, (location, *answers.about_upload(offset), self._limits()))
+        except Superseded:
+            return answers.SUPERSEDED
+        finally:
+            await self._in(self._io, self._leave, upload)
+
+    async def _patch(self, request: Request, token: str) -> Answer | None:
+        """Way 2, append; with ``Upload-Complete: ?1`` the last one, whose answer is the verdict."""
+        ended = await self._in(self._io, self._ended, token)
+        if ended is not None:
+            return ended
+        body = decisions.read_body(request.headers)
+        if isinstance(body, Answer):
+            return body
+        append = decisions.read_append(request.headers, body)
+        if isinstance(append, Answer):
+            return append
+        if not body.empty and self._open_bodies >= self._settings.max_requests:
+            return decisions.OVERLOADED.with_fields(*answers.about_upload())
+        upload = await self._take(lambda: self._uploads.take(token, append.length))
+        if isinstance(upload, Answer):
+            return await self._in(self._io, self._ended, token) or upload
+        try:
+            known = await self._in(self._io, self._known, upload)
+            if known is not None:
+                return self._count(known)
+            offset = await self._in(self._io, upload.tell)
+            if offset != append.offset:
+                return answers.offset_mismatch(offset, append.offset)
+            stopped, answer = await self._append(request, upload, body)
+            if stopped:
+                return answer
+            if body.complete:
+                return self._count(await self._in(self._publishing, self._finish, upload))
+            offset = await self._in(self._io, upload.tell)
+            told = answers.about_upload(offset)
+            if body.want_digest:
+                sha256 = await self._in(self._io, upload.partial.digest)
+                told = (*told, (fields.REPR_DIGEST, fields.format_digest("sha-256", sha256)))
+            return Answer(204, None, told)
+        except Superseded:
+            return answers.SUPERSEDED
+        finally:
+            await self._in(self._io, self._leave, upload)
+
+    async def _append(self, request: Request, upload: Upload, body: Body) -> tuple[bool, Answer | None]:
+        """Take the body into the upload; (True, answer) when that is the end of this request."""
+        partial = upload.partial
+        mark = partial.mark()
+        digest = hashlib.sha256() if body.sha256 else None
+        if digest is not None:
+            await self._in(self._io, upload.hold, mark.offset)
+        most = upload.declared.length if upload.declared.length is not None else self._settings.max_bytes
+        try:
+            end = await self._ingest(request, partial, most - mark.offset if most else None, digest)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                await self._in(self._io, upload.tell)
+            return True, self._storage_failed(error, *answers.about_upload())
+        if digest is not None:
+            spoilt = end is not End.WHOLE or digest.hexdigest() != body.sha256
+            if spoilt:
+                await self._in(self._io, partial.cut_back, mark)
+            await self._in(self._io, upload.hold, -1)
+            if spoilt and end is End.WHOLE:
+                text = "the body is not what Content-Digest says; nothing of it was appended"
+                return True, answers.error(400, "digest-mismatch", text, *answers.about_upload(mark.offset))
+        if end is End.WHOLE:
+            return False, None
+        offset = await self._in(self._io, upload.tell)
+        if end is End.TOO_LONG:
+            if upload.declared.length is None:
+                return True, decisions.too_large(self._settings.max_bytes)
+            return True, answers.length_mismatch("more has come than Upload-Length said", offset)
+        return True, _GIVEN_UP.with_fields(*answers.about_upload(offset)) if end is End.IDLE else None
+
+    async def _head_upload(self, _request: Request, token: str) -> Answer | None:
+        look = await self._take(lambda: self._uploads.look(token))
+        if isinstance(look, Answer):
+            return look
+        complete = (fields.UPLOAD_COMPLETE, fields.format_boolean(look.ended is not None))
+        told: tuple[tuple[str, str], ...] = (complete, (fields.UPLOAD_OFFSET, str(look.offset)), self._limits())
+        if look.length is not None:
+            told = (*told, (fields.UPLOAD_LENGTH, str(look.length)))
+        return Answer(204, None, told)
+
+    async def _delete_upload(self, _request: Request, token: str) -> Answer | None:
+        gone = await self._take(lambda: self._uploads.cancel(token))
+        return gone if isinstance(gone, Answer) else Answer(204)
+
+    # --- in threads ------------------------------------------------------------------------------------------
+
+    def _publish(self, partial: Partial, declared: Declared) -> tuple[Answer, bool]:
+        """The verdict on a whole artifact, and whether the partial is still good for another try."""
+        started = time.monotonic()
+        try:
+            published = self._store.publish(partial, declared)
+        except DigestMismatch as error:
+            return _digest_mismatch(str(error)), False
+        except ContentMismatch as error:
+            return answers.error(422, "content-mismatch", str(error), answers.ABOUT_EPISODE), False
+        except ArtifactError as error:
+            text = f"this is not an artifact (.tar.zst): {error.message}"
+            return answers.error(422, "artifact-invalid", text, answers.ABOUT_EPISODE), False
+        except OSError as error:
+            return self._storage_failed(error, answers.ABOUT_EPISODE), error.errno in _NO_SPACE
+        if isinstance(published, Answer):
+            return published, False
+        _, receipt = published
+        took_ms = (time.monotonic() - started) * 1000
+        _log.info("stored %s: %d bytes, verified and synced in %.0f ms", receipt.episode, partial.offset, took_ms)
+        return answers.stored(201, receipt), False
+
+    def _finish(self, upload: Upload) -> Answer:
+        offset, length = upload.partial.offset, upload.declared.length
+        if length is not None and offset != length:
+            return answers.length_mismatch(f"the upload has {offset} of {length} bytes and cannot be complete", offset)
+        with upload.exclusive():
+            answer, good = self._publish(upload.partial, upload.declared)
+            if not good:
+                # An error of the disk leaves no tombstone: the client makes the upload again, from 0.
+                self._uploads.end(upload, answer if answer.status < 500 else None)
+        return answer
+
+    def _known(self, upload: Upload) -> Answer | None:
+        """The verdict when the episode was stored by another upload meanwhile."""
+        stored = self._store.receipt(upload.declared.episode)
+        if stored is None:
+            return None
+        known = decisions.compare(upload.declared.sha256, upload.declared.content_blake3, stored)
+        if known is not None:
+            with upload.exclusive():
+                self._uploads.end(upload, known)
+        return known
+
+    def _keep(self, declared: Declared, partial: Partial) -> None:
+        with contextlib.suppress(OSError):
+            self._uploads.keep(declared, partial)
+
+    def _forget(self, token: str) -> None:
+        with contextlib.suppress(UnknownUpload, Busy):
+            self._uploads.cancel(token)
+
+    def _leave(self, upload: Upload) -> None:
+        self._uploads.remember(upload)
+        upload.close()
+
+    def _ended(self, token: str) -> Answer | None:
+        try:
+            look = self._uploads.ended(token)
+        except UnknownUpload:
+            return answers.UNKNOWN_UPLOAD
+        return look.ended if look is not None else None
+
+    # --- small -----------------------------------------------------------------------------------------------
+
+    async def _in(self, executor: Executor, function: Callable[..., T], *args: Any) -> T:
+        """Run ``function`` in a thread; it runs to its end even if this request is cancelled."""
+        future = asyncio.get_running_loop().run_in_executor(executor, function, *args)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await asyncio.wait([future])
+            raise
+
+    async def _take(self, function: Callable[[], T]) -> T | Answer:
+        """Call into the uploads, waiting for an artifact that is being verified, and answer what cannot be."""
+        deadline = time.monotonic() + _BUSY_WAIT_S
+        while True:
+            try:
+                return await self._in(self._io, function)
+            except UnknownUpload:
+                return answers.UNKNOWN_UPLOAD
+            except LengthMismatch as error:
+                return answers.error(
+                    400, "inconsistent-length", str(error), *answers.about_upload(), type=answers.LENGTH_MISMATCH
+                )
+            except Busy:
+                if time.monotonic() > deadline:
+                    return answers.BEING_VERIFIED
+                await asyncio.sleep(0.05)
+
+    async def _ingest(self, request: Request, partial: Partial, limit: int | None, digest: Any) -> End:
+        self._open_bodies += 1
+        self._metrics.open_bodies.inc()
+        try:
+            return await ingest(
+                request.receive,
+                partial,
+                self._io,
+                limit_bytes=limit,
+                sync_bytes=self._settings.sync_bytes,
+                idle_timeout_s=IDLE_TIMEOUT_S,
+                body_digest=digest,
+            )
+        finally:
+            self._open_bodies -= 1
+            self._metrics.open_bodies.dec()
+
+    def _limits(self) -> tuple[str, str]:
+        limits = {"max-age": int(self._settings.upload_max_age_s)}
+        if self._settings.max_bytes:
+            limits["max-size"] = self._settings.max_bytes
+        return fields.UPLOAD_LIMIT, fields.format_limits(limits)
+
+    def _count(self, verdict: Answer) -> Answer:
+        self._metrics.episodes.labels(str(verdict.status)).inc()
+        return verdict
+
+    def _storage_failed(self, error: OSError, *more: tuple[str, str]) -> Answer:
+        _log.error("storing failed: %s", error)
+        if error.errno in _NO_SPACE:
+            return decisions.NO_ROOM.with_fields(*more)
+        text = f"the receiver cannot write: {os.strerror(error.errno or errno.EIO)}"
+        return answers.error(500, "storage", text, *more)
+
+
+_GIVEN_UP = answers.error(408, "body-timeout", f"nothing came for {IDLE_TIMEOUT_S:.0f} s", ("Connection", "close"))
+
+
+def _digest_mismatch(text: str) -> Answer:
+    return answers.error(400, "digest-mismatch", text, answers.ABOUT_EPISODE)
+
+
+def missing_extra(error: ImportError) -> ReceiverError:
+    """What is said when the packages of the extra ``receiver`` are not installed."""
+    return ReceiverError(
+        f"the receiver needs the package {error.name}, which is not installed",
+        remedy="pip install 'fastship[receiver]'",
+    )

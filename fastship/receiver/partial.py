@@ -1,0 +1,121 @@
+"""A file of an artifact's first bytes: appended to, digested on the way, made durable, cut back.
+
+What always holds: bytes below ``offset`` never change; the running SHA-256, where there is one, covers exactly
+``offset`` bytes. A partial is used by one request at a time (one thread writes; `sync` may run beside it).
+
+Blocks on the disk; called from threads, never on the event loop. Imported by ``uploads``, ``publish``, ``ingest``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+_READ_BYTES = 1 << 20
+_IOV = 1024  # IOV_MAX of Linux: buffers in one pwritev(2)
+
+Digest = Any  # a hashlib object; its type has no public name
+
+
+class Mark:
+    """Where a partial stood: `Partial.cut_back` returns to it."""
+
+    def __init__(self, offset: int, running: Digest | None) -> None:
+        self.offset = offset
+        self.running = running
+
+
+class Partial:
+    """An open partial. ``running`` None: the bytes before were written by another process, digest them at the end.
+
+    ``guard`` is entered around each write: it raises when this request may not write any more. ``synced`` is
+    called with each offset that has become durable.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        fd: int,
+        *,
+        offset: int = 0,
+        running: Digest | None = None,
+        guard: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        synced: Callable[[int], None] | None = None,
+    ) -> None:
+        self.path = path
+        self.fd = fd
+        self.offset = offset
+        self.running = hashlib.sha256() if offset == 0 else running
+        self._guard = guard
+        self._synced = synced
+
+    def write(self, chunks: Sequence[bytes]) -> None:
+        """Append ``chunks``, in order. Raises what the guard raises (nothing is appended then), and ``OSError``."""
+        running = self.running
+        if running is not None:
+            running = running.copy()  # a failed write leaves the digest where the offset is
+            for chunk in chunks:
+                running.update(chunk)
+        end = self.offset
+        with self._guard():
+            for first in range(0, len(chunks), _IOV):
+                end = _pwrite_all(self.fd, chunks[first : first + _IOV], end)
+        self.offset, self.running = end, running
+
+    def sync(self) -> int:
+        """Make what is written now durable and return that offset. May run beside `write`; may be repeated."""
+        offset = self.offset
+        os.fdatasync(self.fd)
+        if self._synced is not None:
+            self._synced(offset)
+        return offset
+
+    def digest(self) -> str:
+        """The SHA-256 of all bytes, hex; reads the file when no running digest covers it."""
+        if self.running is None:
+            running = hashlib.sha256()
+            done = 0
+            while done < self.offset:
+                data = os.pread(self.fd, min(_READ_BYTES, self.offset - done), done)
+                if not data:
+                    raise OSError(f"{self.path} is shorter than it was written")
+                running.update(data)
+                done += len(data)
+            self.running = running
+        return str(self.running.hexdigest())
+
+    def mark(self) -> Mark:
+        return Mark(self.offset, self.running.copy() if self.running is not None else None)
+
+    def cut_back(self, mark: Mark) -> None:
+        """Forget what was written after ``mark``; only for bytes whose offset never left the receiver."""
+        with self._guard():
+            os.ftruncate(self.fd, mark.offset)
+        self.offset, self.running = mark.offset, mark.running
+
+    def close(self) -> None:
+        """May be repeated."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _pwrite_all(fd: int, chunks: Sequence[bytes], offset: int) -> int:
+    """Write all chunks at ``offset`` (``pwritev(2)`` may take fewer bytes) and return the end."""
+    while chunks:
+        written = os.pwritev(fd, chunks, offset)
+        offset += written
+        for index, chunk in enumerate(chunks):
+            if written < len(chunk):
+                rest = memoryview(chunk)[written:]
+                chunks = [rest, *chunks[index + 1 :]]  # type: ignore[list-item]
+                break
+            written -= len(chunk)
+        else:
+            return offset
+    return offset

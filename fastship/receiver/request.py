@@ -1,0 +1,99 @@
+"""One HTTP request and its response, as ASGI gives and takes them.
+
+What always holds: a final answer to a request whose body was not read to its end carries ``Connection: close``, is
+sent whole at once, and what the client still sends is read and dropped for a while before the connection is
+closed: otherwise the kernel resets the connection and the client may never see the answer.
+
+Imported by ``app`` and ``reading``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+import msgspec
+
+from fastship import fields
+from fastship.receiver.answers import Answer
+from fastship.receiver.ingest import Message, Receive
+
+Scope = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+
+_LINGER_S = 3.0  # for a client that sends on after the answer; libcurl stops at once
+_JSON_TAIL = b"\n"
+
+
+class Request:
+    """``headers`` have lower-case names; several lines of one field are joined as RFC 9110, 5.3 says."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.headers: dict[str, str] = {}
+        for raw_name, raw_value in scope["headers"]:
+            name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1").strip()
+            self.headers[name] = f"{self.headers[name]}, {value}" if name in self.headers else value
+        self.status = 0
+        self.body_bytes = 0
+        self._receive = receive
+        self._send = send
+        length = self.headers.get("content-length", "0").strip()
+        self._unread = "transfer-encoding" in self.headers or length != "0"
+
+    @property
+    def unread(self) -> bool:
+        """Whether there is body that was not read."""
+        return self._unread
+
+    async def receive(self) -> Message:
+        """The next piece of the body (ASGI); lets the server send 100 Continue."""
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self.body_bytes += len(message.get("body", b""))
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            self._unread = False
+        return message
+
+    async def start(self, status: int, headers: Iterable[tuple[str, str]]) -> None:
+        self.status = status
+        encoded = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+        await self._send({"type": "http.response.start", "status": status, "headers": encoded})
+
+    async def send_body(self, body: bytes, *, more: bool = False) -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def answer(self, answer: Answer) -> None:
+        """Send ``answer`` as JSON, whole."""
+        headers = [*answer.fields, ("Cache-Control", "no-store")]
+        if any(name == fields.UPLOAD_COMPLETE for name, _ in answer.fields):
+            headers.append((fields.UPLOAD_DRAFT_INTEROP_VERSION, fields.INTEROP_VERSION))
+        body = b"" if answer.body is None else msgspec.json.encode(answer.body) + _JSON_TAIL
+        if body:
+            headers.append(("Content-Type", answer.content_type))
+        if answer.status != 204:
+            headers.append(("Content-Length", str(len(body))))
+        if not self._unread:
+            await self.start(answer.status, headers)
+            await self.send_body(body)
+            return
+        await self.start(answer.status, [*headers, ("Connection", "close")])
+        await self.send_body(body, more=True)
+        await self._linger()
+        await self.send_body(b"")
+
+    async def text(self, body: bytes, content_type: str) -> None:
+        await self.start(200, [("Content-Type", content_type), ("Content-Length", str(len(body)))])
+        await self.send_body(body)
+
+    async def _linger(self) -> None:
+        deadline = time.monotonic() + _LINGER_S
+        try:
+            async with asyncio.timeout(_LINGER_S):
+                while self._unread and time.monotonic() < deadline:
+                    await self.receive()
+        except TimeoutError:
+            pass

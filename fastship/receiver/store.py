@@ -1,0 +1,227 @@
+"""The durable store: artifacts and receipts under the episodes' names, each published once.
+
+``<root>/episodes/<id>.tar.zst`` beside ``<id>.receipt.json`` is all that a reader needs; ``<root>/uploads/`` is what
+is not finished; ``<root>/secret`` keys the upload tokens. Nothing is written outside the root.
+
+What always holds: a name in ``episodes/`` is given by ``link(2)``, never replaced, and only to a file that was
+synced and verified. The artifact is the fact, the receipt follows from it, so the order is
+    receipt synced as uploads/<id>.<inode>.receipt -> artifact linked, directory synced -> receipt renamed into place
+and a crash between any two of these loses nothing: whoever next asks for an artifact without a receipt finds the
+one that waits under the artifact's inode (a link keeps it) and renames it, or makes it again by reading the
+artifact. A receipt without its artifact says nothing and is removed before that id is published.
+
+Blocks on the disk. Imported by ``app`` and ``ingest``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from fastship import durable
+from fastship.episode import ARTIFACT_SUFFIX, Receipt, ReceivedArtifact, ReceivedContent
+from fastship.errors import ArtifactError, ReceiverError
+from fastship.frames import verify_content
+from fastship.receiver import answers
+from fastship.receiver.answers import Answer
+from fastship.receiver.decisions import Declared, compare
+from fastship.receiver.partial import Partial
+from fastship.receiver.uploads import Uploads
+from fastship.settings import ReceiverSettings
+
+_log = logging.getLogger("fastship.receiver")
+
+
+class DigestMismatch(Exception):
+    """The artifact's bytes are not what its digest says."""
+
+
+class ContentMismatch(Exception):
+    """The tar stream is not what the content digest or length says."""
+
+
+class Store:
+    """The store below ``settings.root``, made when it is not there. Raises `ReceiverError` when it cannot be used.
+
+    Safe to use from threads and from several processes at once.
+    """
+
+    def __init__(self, settings: ReceiverSettings) -> None:
+        if not settings.root:
+            raise ReceiverError("receiver.root is not set", remedy="name a directory: fastship receive --root DIR")
+        self.root = Path(settings.root)
+        self._episodes = self.root / "episodes"
+        self._uploads = self.root / "uploads"
+        self._verify: Literal["content", "artifact"] = settings.verify
+        self._threads = max(1, len(os.sched_getaffinity(0)) // settings.workers)
+        self._reserve_bytes = settings.reserve_bytes
+        self._name = socket.gethostname()
+        self._recovering = threading.Lock()
+        try:
+            for directory in (self._episodes, self._uploads / "ended"):
+                directory.mkdir(parents=True, exist_ok=True)
+            if os.stat(self._episodes).st_dev != os.stat(self._uploads).st_dev:
+                raise ReceiverError(
+                    f"{self._episodes} and {self._uploads} are on two file systems",
+                    remedy="keep the receiver's root on one: an artifact is published by a link",
+                )
+            secret = _secret(self.root)
+        except OSError as error:
+            raise ReceiverError(
+                f"receiver.root {self.root} cannot be used: {error}", remedy="make it writable for the receiver"
+            ) from None
+        self.uploads = Uploads(self._uploads, secret, settings.upload_max_age_s)
+
+    def artifact_path(self, episode: str) -> Path:
+        return self._episodes / f"{episode}{ARTIFACT_SUFFIX}"
+
+    def receipt(self, episode: str) -> Receipt | None:
+        """The receipt of a stored episode, None when it is not stored. Reads the artifact only after a crash."""
+        if not self.artifact_path(episode).exists():
+            return None
+        return self._read_receipt(episode) or self._recover(episode)
+
+    def room_bytes(self, token: str | None) -> int:
+        """Free space less the reserve less what uploads other than ``token`` have yet to send; may be below 0."""
+        disk = os.statvfs(self._uploads)
+        return disk.f_bavail * disk.f_frsize - self._reserve_bytes - self.uploads.declared_bytes(token)
+
+    def publish(self, partial: Partial, declared: Declared) -> tuple[bool, Receipt] | Answer:
+        """Verify a whole artifact and give it its name; True: stored now. May be repeated after any failure.
+
+        Returns the 200 or 409 when another upload of the episode was first. Raises `DigestMismatch`,
+        `ContentMismatch`, `ArtifactError` (it is no artifact), ``OSError`` (abandon the partial).
+        """
+        sha256 = partial.digest()
+        if declared.sha256 is not None and sha256 != declared.sha256:
+            raise DigestMismatch(f"the {partial.offset} bytes received have SHA-256 {sha256}, not {declared.sha256}")
+        first = self._already(sha256, declared)
+        if first is not None:
+            return first
+        content = None
+        if self._verify == "content":
+            try:
+                content = self._verify_content(partial.path, declared)
+            except (ArtifactError, ContentMismatch):
+                stored = self.receipt(declared.episode)
+                if stored is not None:  # whatever this is, it is not what stands there
+                    return answers.conflict(stored)
+                raise
+        first = self._already(sha256, declared, content)
+        if first is not None:
+            return first
+        os.fsync(partial.fd)
+        receipt = self._make_receipt(declared.episode, sha256, partial.offset, content)
+        waiting = self._waiting_receipt(declared.episode, os.fstat(partial.fd).st_ino)
+        durable.write_file(waiting, _encode(receipt))
+        self._drop_receipt_without_artifact(declared.episode)
+        try:
+            durable.publish(partial.path, self.artifact_path(declared.episode))
+        except FileExistsError:
+            durable.unlink_if_present(waiting)
+            first = self._already(sha256, declared, content)
+            assert first is not None, "a name that was there has gone: somebody works in episodes/ by hand"
+            return first
+        with contextlib.suppress(FileNotFoundError):  # somebody who asked in between did it for us
+            os.rename(waiting, self._receipt_path(declared.episode))
+        return True, receipt
+
+    def _already(self, sha256: str, declared: Declared, content: ReceivedContent | None = None) -> Answer | None:
+        stored = self.receipt(declared.episode)
+        if stored is None:
+            return None
+        if content is None:
+            # What the client says of the content is not proof here: we hold its bytes and can look.
+            known = compare(sha256, None, stored)
+            undecided = stored.verified == "content" and self._verify == "content"
+            return known if sha256 == stored.artifact.sha256 or not undecided else None
+        return compare(sha256, content.blake3, stored)
+
+    def _verify_content(self, path: Path, declared: Declared | None) -> ReceivedContent:
+        limit = declared.content_bytes if declared is not None else None
+        found = verify_content(path, threads=self._threads, max_content_bytes=limit)
+        if declared is not None:
+            if declared.content_blake3 is not None and found.blake3 != declared.content_blake3:
+                raise ContentMismatch(f"the tar stream has BLAKE3 {found.blake3}, not {declared.content_blake3}")
+            if declared.content_bytes is not None and found.bytes != declared.content_bytes:
+                raise ContentMismatch(f"the tar stream has {found.bytes} bytes, not {declared.content_bytes}")
+        return ReceivedContent(found.blake3, found.bytes, found.members)
+
+    def _make_receipt(self, episode: str, sha256: str, size: int, content: ReceivedContent | None) -> Receipt:
+        return Receipt(
+            episode=episode,
+            artifact=ReceivedArtifact(sha256, size),
+            content=content,
+            verified="content" if content is not None else "artifact",
+            stored_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            receiver=self._name,
+        )
+
+    def _recover(self, episode: str) -> Receipt | None:
+        """The receipt of an artifact that has none: a crash came in between, or somebody put the file there."""
+        with self._recovering:
+            try:
+                with open(self.artifact_path(episode), "rb") as file:
+                    stat = os.fstat(file.fileno())
+                    with contextlib.suppress(FileNotFoundError):
+                        os.rename(self._waiting_receipt(episode, stat.st_ino), self._receipt_path(episode))
+                    receipt = self._read_receipt(episode)
+                    if receipt is not None:
+                        return receipt
+                    _log.warning("%s has no receipt: it is made again by reading the artifact", episode)
+                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            except FileNotFoundError:
+                return None
+            content = None
+            with contextlib.suppress(ArtifactError):
+                content = self._verify_content(self.artifact_path(episode), None)
+            receipt = self._make_receipt(episode, sha256, stat.st_size, content)
+            durable.write_file(self._receipt_path(episode), _encode(receipt))
+            return receipt
+
+    def _read_receipt(self, episode: str) -> Receipt | None:
+        try:
+            return msgspec.json.decode(self._receipt_path(episode).read_bytes(), type=Receipt)
+        except FileNotFoundError:
+            return None
+        except msgspec.MsgspecError:
+            _log.warning("the receipt of %s cannot be read", episode)
+            return None
+
+    def _drop_receipt_without_artifact(self, episode: str) -> None:
+        if self._receipt_path(episode).exists() and not self.artifact_path(episode).exists():
+            durable.unlink_if_present(self._receipt_path(episode))
+            durable.sync_directory(self._episodes)
+
+    def _receipt_path(self, episode: str) -> Path:
+        return self._episodes / f"{episode}.receipt.json"
+
+    def _waiting_receipt(self, episode: str, inode: int) -> Path:
+        return self._uploads / f"{episode}.{inode}.receipt"
+
+
+def _encode(receipt: Receipt) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(receipt), indent=2) + b"\n"
+
+
+def _secret(root: Path) -> bytes:
+    """The key of the upload tokens, made once; two processes that start together agree on one."""
+    path = root / "secret"
+    with contextlib.suppress(FileNotFoundError):
+        return path.read_bytes()
+    temporary = root / f"{durable.TEMP_PREFIX}secret.{secrets.token_hex(8)}"
+    durable.write_file(temporary, secrets.token_hex(32).encode() + b"\n", mode=0o600)
+    with contextlib.suppress(FileExistsError):
+        durable.publish(temporary, path)
+    durable.unlink_if_present(temporary)
+    return path.read_bytes()

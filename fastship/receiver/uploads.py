@@ -1,0 +1,412 @@
+"""Uploads in the making: found again after any crash, taken over at once, never going back.
+
+``<root>/uploads/`` holds of each upload ``<token>.json`` (what was declared), ``<token>.part`` (the bytes) and
+``<token>.lock`` (see ``lock``); of each that ended ``ended/<token>.json``, the tombstone with its final answer;
+and ``one-*.part``, bodies of one-shot PUTs, which belong to the process that holds their flock.
+
+What always holds: an offset that is told is durable, data and counter; after another boot the part is cut back to
+what was synced; ``<token>.json`` exists before anybody hears of the token.
+
+Blocks on the disk. Imported by ``store``, ``ingest`` and ``app``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import hmac
+import logging
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from fastship import durable
+from fastship.receiver.answers import Answer
+from fastship.receiver.decisions import Declared
+from fastship.receiver.lock import Busy, Gone, State, Superseded, UploadLock
+from fastship.receiver.partial import Digest, Partial
+
+_log = logging.getLogger("fastship.receiver")
+_TOKEN = re.compile(r"[0-9a-f]{64}")
+_ORPHAN_AGE_S = 3600.0  # of files whose process may still be about to use them
+_WRITER_WAIT_S = 60.0  # a HEAD's fdatasync on a slow disk must not end an append
+
+
+class UnknownUpload(Exception):
+    """There is no such upload (any more)."""
+
+
+class LengthMismatch(Exception):
+    """The length declared now is not the one declared before, or less than what has arrived."""
+
+
+class Look(msgspec.Struct, frozen=True):
+    """What HEAD tells of an upload; ``offset`` is durable."""
+
+    offset: int
+    length: int | None
+    ended: Answer | None = None
+
+
+class Upload:
+    """An upload that this request has taken over. Close it."""
+
+    def __init__(self, token: str, declared: Declared, lock: UploadLock, generation: int, partial: Partial) -> None:
+        self.token = token
+        self.declared = declared
+        self.partial = partial
+        self._lock = lock
+        self._generation = generation
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the upload against everybody. Raises `Superseded` when it is another request's by now."""
+        with _own(self._lock, self._generation):
+            yield
+
+    def tell(self) -> int:
+        """Make all bytes and the counter durable and return the offset, which may then be told."""
+        offset = self.partial.sync()
+        with self.exclusive():
+            state = self._lock.read()
+            self._lock.write(state._replace(synced=max(state.synced, offset)), durably=True)
+        return offset
+
+    def hold(self, offset: int) -> None:
+        """Let bytes above ``offset`` not count until `release`; -1 releases."""
+        with self.exclusive():
+            self._lock.write(self._lock.read()._replace(held=offset))
+
+    def close(self) -> None:
+        self.partial.close()
+        self._lock.close()
+
+
+class Uploads:
+    """All uploads below ``directory``. Safe to use from threads and from several processes at once."""
+
+    def __init__(self, directory: Path, secret: bytes, max_age_s: float) -> None:
+        self._directory = directory
+        self._ended = directory / "ended"
+        self._secret = secret
+        self._max_age_s = max_age_s
+        self._boot = durable.boot_id()
+        # Running digests of uploads that this process wrote last: token -> (generation, offset, digest).
+        self._running: dict[str, tuple[int, int, Digest]] = {}
+
+    def token(self, declared: Declared) -> str:
+        """The same for the same episode and artifact digest, whoever asks and whenever; random without a digest."""
+        if declared.sha256 is None:
+            return secrets.token_hex(32)
+        return hmac.new(self._secret, f"{declared.episode}|{declared.sha256}".encode(), hashlib.sha256).hexdigest()
+
+    def one_shot(self) -> Partial:
+        """A partial of nobody else, for a body that is sent whole. Its flock keeps the sweep away."""
+        path = self._directory / f"one-{secrets.token_hex(16)}.part"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        return Partial(path, fd)
+
+    def create(self, declared: Declared) -> Upload:
+        """Find the upload of this artifact or begin one, and take it over. Idempotent. Raises `Busy`."""
+        token = self.token(declared)
+        while True:
+            lock = UploadLock(self._path(token, "lock"), make=True)
+            try:
+                with lock.locked():
+                    known = self._read(token)
+                    if known is None:
+                        self._begin(token, declared, lock)
+                    elif known.length is None or declared.length is None:
+                        self._declare_length(token, known, declared.length)
+                    elif known.length != declared.length:
+                        raise LengthMismatch(f"the upload was declared with {known.length} bytes")
+                    return self._take(token, self._read(token) or declared, lock)
+            except Gone:  # it ended between our open and our lock: begin anew
+                lock.close()
+            except BaseException:
+                lock.close()
+                raise
+
+    def take(self, token: str, length: int | None = None) -> Upload:
+        """Take an upload over, so that whoever wrote before stops. ``length`` as declared by this request.
+
+        Raises `UnknownUpload`, `Busy`, `LengthMismatch` (after which the upload stands as it did).
+        """
+        lock = self._open_lock(token)
+        try:
+            with lock.locked():
+                known = self._read(token)
+                if known is None:
+                    raise UnknownUpload
+                upload = self._take(token, self._declare_length(token, known, length), lock)
+            if length is not None and upload.partial.offset > length:
+                upload.close()
+                raise LengthMismatch(f"{upload.partial.offset} bytes have arrived already")
+            return upload
+        except Gone:
+            lock.close()
+            raise UnknownUpload from None
+        except BaseException:
+            lock.close()
+            raise
+
+    def look(self, token: str) -> Look:
+        """The durable offset, without disturbing a request that is writing. Raises `UnknownUpload`, `Busy`."""
+        ended = self.ended(token)
+        if ended is not None:
+            return ended
+        try:
+            lock = self._open_lock(token)
+        except UnknownUpload:
+            ended = self.ended(token)  # it may have ended just now
+            if ended is None:
+                raise
+            return ended
+        try:
+            self._sync_part(token)  # most of the wait, while the writer goes on
+            with lock.locked():
+                known = self._read(token)
+                if known is None:
+                    raise UnknownUpload
+                state = self._settle(token, lock)
+                return Look(state.synced, known.length)
+        except Gone:
+            return self.look(token)
+        finally:
+            lock.close()
+
+    def keep(self, declared: Declared, partial: Partial) -> None:
+        """Make a cut one-shot body the upload of its artifact, unless that has more already. Needs its digest."""
+        with contextlib.suppress(UnknownUpload, Busy):
+            if self.look(self.token(declared)).offset >= partial.offset:
+                return  # nothing to add: do not disturb who may be writing there
+        with contextlib.suppress(Busy, Superseded, LengthMismatch):
+            upload = self.create(declared)
+            try:
+                with upload.exclusive():
+                    if partial.offset <= upload.partial.offset:
+                        return
+                    partial.sync()
+                    os.rename(partial.path, upload.partial.path)
+                    durable.sync_directory(self._directory)
+                    lock = upload._lock
+                    lock.write(lock.read()._replace(synced=partial.offset, boot=self._boot), durably=True)
+                    self._running[upload.token] = (upload._generation, partial.offset, partial.running)
+            finally:
+                upload.close()
+
+    def remember(self, upload: Upload) -> None:
+        """Keep the running digest for the next append that comes to this process."""
+        partial = upload.partial
+        if partial.running is not None and partial.offset:
+            if len(self._running) > 4096:
+                self._running.clear()  # costs a re-read each, no more
+            self._running[upload.token] = (upload._generation, partial.offset, partial.running)
+
+    def end(self, upload: Upload, answer: Answer | None) -> None:
+        """Remove the upload (within `Upload.exclusive`) and keep its final answer as a tombstone, if there is one."""
+        token = upload.token
+        if answer is not None:
+            tombstone = msgspec.json.encode(Look(upload.partial.offset, upload.declared.length, answer))
+            durable.write_file(self._ended / f"{token}.json", tombstone, sync=False)
+        self._remove(token)
+
+    def cancel(self, token: str) -> None:
+        """Remove an upload or its tombstone; whoever writes stops. Raises `UnknownUpload`, `Busy`."""
+        if durable.unlink_if_present(self._ended / f"{_checked(token)}.json"):
+            return
+        lock = self._open_lock(token)
+        try:
+            with lock.locked():
+                self._remove(token)
+        except Gone:
+            raise UnknownUpload from None
+        finally:
+            lock.close()
+
+    def ended(self, token: str) -> Look | None:
+        """The tombstone."""
+        try:
+            raw = (self._ended / f"{_checked(token)}.json").read_bytes()
+            return msgspec.json.decode(raw, type=Look)
+        except (FileNotFoundError, msgspec.MsgspecError):
+            return None
+
+    def declared_bytes(self, but: str | None = None) -> int:
+        """What unfinished uploads other than ``but`` have declared and not yet sent, less what ``but`` has sent."""
+        total = 0
+        for entry in os.scandir(self._directory):
+            token, _, kind = entry.name.rpartition(".")
+            known = self._read(token) if kind == "json" else None
+            if known is not None and known.length is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    size = os.stat(self._path(token, "part")).st_size
+                    total += -size if token == but else max(0, known.length - size)
+        return total
+
+    def sweep(self) -> int:
+        """Remove what is older than the limit or was left by a crash; the number of files. May be repeated."""
+        now = time.time()
+        removed = 0
+        for entry in [*os.scandir(self._directory), *os.scandir(self._ended)]:
+            with contextlib.suppress(FileNotFoundError, UnknownUpload, Busy):
+                age_s = now - entry.stat().st_mtime
+                token, _, kind = entry.name.rpartition(".")
+                if entry.is_dir():
+                    continue
+                if entry.path.startswith(f"{self._ended}/") or kind == "receipt":
+                    expired = age_s > self._max_age_s
+                elif _TOKEN.fullmatch(token):
+                    if kind == "lock" and self._is_expired(token, now):
+                        _log.info("upload %s... was not finished in time and is forgotten", token[:8])
+                        self.cancel(token)
+                        removed += 1
+                    lockless = kind != "lock" and not self._path(token, "lock").exists()
+                    expired = lockless and age_s > _ORPHAN_AGE_S
+                elif kind == "part":
+                    expired = age_s > _ORPHAN_AGE_S and _is_free(entry.path)
+                else:
+                    expired = entry.name.startswith(durable.TEMP_PREFIX) and age_s > _ORPHAN_AGE_S
+                if expired:
+                    removed += durable.unlink_if_present(entry.path)
+        return removed
+
+    def _is_expired(self, token: str, now: float) -> bool:
+        times = []
+        for kind in ("json", "part"):
+            with contextlib.suppress(FileNotFoundError):
+                times.append(os.stat(self._path(token, kind)).st_mtime)
+        if not times:  # a crash between making the lock and the rest
+            return now - os.stat(self._path(token, "lock")).st_mtime > _ORPHAN_AGE_S
+        return now - max(times) > self._max_age_s
+
+    def _begin(self, token: str, declared: Declared, lock: UploadLock) -> None:
+        # The part first: a record with no part would be an upload that lost its bytes.
+        os.close(os.open(self._path(token, "part"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644))
+        lock.write(State(lock.read().generation, 0, -1, self._boot), durably=True)
+        durable.write_file(self._path(token, "json"), msgspec.json.encode(declared))
+        durable.unlink_if_present(self._ended / f"{token}.json")
+
+    def _declare_length(self, token: str, known: Declared, length: int | None) -> Declared:
+        if length is None or known.length == length:
+            return known
+        if known.length is not None:
+            raise LengthMismatch(f"the upload was declared with {known.length} bytes")
+        more = msgspec.structs.replace(known, length=length)
+        durable.write_file(self._path(token, "json"), msgspec.json.encode(more))
+        return more
+
+    def _take(self, token: str, declared: Declared, lock: UploadLock) -> Upload:
+        """Under the lock: a new generation, at the offset that stands."""
+        before = self._settle(token, lock, grow=True)
+        generation = before.generation + 1
+        lock.write(before._replace(generation=generation))
+        running = self._running.pop(token, None)
+        path = self._path(token, "part")
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        partial = Partial(
+            path,
+            fd,
+            offset=before.synced,
+            running=running[2] if running and running[:2] == (before.generation, before.synced) else None,
+            guard=lambda: _own(lock, generation),
+            synced=lambda offset: _note(lock, generation, offset),
+        )
+        return Upload(token, declared, lock, generation, partial)
+
+    def _settle(self, token: str, lock: UploadLock, *, grow: bool = False) -> State:
+        """Under the lock: find out how many bytes count and make them durable, with the counter.
+
+        Bytes of this boot count as the file's size says, whatever process wrote them; of another boot, only
+        what was synced. ``grow``: the caller takes the upload over, so bytes that do not count are cut off.
+        """
+        state = lock.read()
+        fd = os.open(self._path(token, "part"), os.O_RDWR | os.O_CLOEXEC)
+        try:
+            size = os.fstat(fd).st_size
+            same_boot = bool(self._boot) and state.boot == self._boot
+            offset = size if same_boot else min(size, state.synced)
+            if state.held >= 0:
+                offset = min(offset, state.held)
+            if grow or not same_boot:
+                if offset < size:
+                    os.ftruncate(fd, offset)
+                state = state._replace(held=-1, boot=self._boot or "-")
+            os.fdatasync(fd)
+            state = state._replace(synced=offset)
+            lock.write(state, durably=True)
+            return state
+        finally:
+            os.close(fd)
+
+    def _sync_part(self, token: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(self._path(token, "part"), os.O_RDWR | os.O_CLOEXEC)
+            try:
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
+
+    def _read(self, token: str) -> Declared | None:
+        try:
+            return msgspec.json.decode(self._path(token, "json").read_bytes(), type=Declared)
+        except (FileNotFoundError, msgspec.MsgspecError):
+            return None
+
+    def _remove(self, token: str) -> None:
+        # The record first: without it nothing of the rest is an upload any more. The lock last.
+        for kind in ("json", "part", "lock"):
+            durable.unlink_if_present(self._path(token, kind))
+        self._running.pop(token, None)
+
+    def _open_lock(self, token: str) -> UploadLock:
+        try:
+            return UploadLock(self._path(_checked(token), "lock"))
+        except FileNotFoundError:
+            raise UnknownUpload from None
+
+    def _path(self, token: str, kind: str) -> Path:
+        return self._directory / f"{token}.{kind}"
+
+
+@contextlib.contextmanager
+def _own(lock: UploadLock, generation: int) -> Iterator[None]:
+    """Hold the lock while ``generation`` is still the writer's. Raises `Superseded`."""
+    try:
+        with lock.locked(_WRITER_WAIT_S, generation=generation):
+            yield
+    except (Gone, Busy):  # whoever ended the upload had taken it over
+        raise Superseded from None
+
+
+def _note(lock: UploadLock, generation: int, offset: int) -> None:
+    """Write down that ``offset`` bytes are on the disk, not durably: nobody is told of it yet."""
+    with _own(lock, generation):
+        state = lock.read()
+        if state.held < 0 or offset <= state.held:
+            lock.write(state._replace(synced=max(state.synced, offset)))
+
+
+def _checked(token: str) -> str:
+    if not _TOKEN.fullmatch(token):
+        raise UnknownUpload
+    return token
+
+
+def _is_free(path: str) -> bool:
+    """Whether no process holds the one-shot body's flock."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
