@@ -16,9 +16,10 @@ Imports ``course``, ``verdict`` and what lies below ``upload``; the session impo
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Generator
 from typing import TypeAlias
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 import msgspec
 
@@ -185,9 +186,8 @@ def _read_place(request: Request, answer: Answer, offset: int, manifest: Manifes
     url = request.url if request.method == "PATCH" else known_url
     location = answer.field("Location")
     if location is not None:
-        url = urljoin(request.url, location)
-        if not url.isascii() or not url.isprintable() or _origin(url) != _origin(request.url):
-            # The token belongs to the destination; an upload that is somewhere else would take it there.
+        url = _at_the_destination(request.url, location)
+        if url is None:
             return Misbehaviour(
                 f"the upload's Location {location[:200]!r} is not at the destination: "
                 "let the receiver answer a relative one"
@@ -197,12 +197,22 @@ def _read_place(request: Request, answer: Answer, offset: int, manifest: Manifes
     return UploadPlace(url, offset, limit)
 
 
-def _origin(url: str) -> tuple[str, str | None, int | None] | None:
+def _at_the_destination(base: str, location: str) -> str | None:
+    """``location`` as a URL at the scheme, host and port of ``base``; None where it is not there or no URL.
+
+    The token belongs to the destination: an upload that is somewhere else would take it there. The result is put
+    together from the destination's own authority, so that no two readers of a crafted URL can differ on the host.
+    """
+    ports = {"http": 80, "https": 443}
     try:
-        parts = urlsplit(url)
-        return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+        own, other = urlsplit(base), urlsplit(urljoin(base, location))
+        same = (own.scheme, own.hostname) == (other.scheme, other.hostname)
+        if not same or (own.port or ports.get(own.scheme)) != (other.port or ports.get(other.scheme)):
+            return None
     except ValueError:
         return None
+    url = urlunsplit((own.scheme, own.netloc, other.path, other.query, ""))
+    return url if re.fullmatch(r"[!-~]+", url) else None
 
 
 def _episode_fields(manifest: Manifest, destination: DestinationSettings) -> tuple[tuple[str, str], ...]:
