@@ -107,6 +107,14 @@ class ExtractRefused(ArtifactError):
     code = "extract-refused"
 
 
+class ExtractError(FastshipError):
+    """The target's file system does not take a member (no room, no permission, a name it cannot hold)."""
+
+    code = "extract"
+    exit_code = EXIT_NOT_SHIPPED
+    retryable = True
+
+
 class ReceiverError(FastshipError):
     """The receiver cannot start or its root cannot be used."""
 

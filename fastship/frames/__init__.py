@@ -1,0 +1,27 @@
+"""The artifact format: zstd frames of the tar stream, a member index, a seek table. Written, read and verified here.
+
+The only package that imports zstandard; it imports nothing of fastship but ``errors``. ``pack``, the receiver, the
+worker and the command line import what stands in ``__all__``.
+"""
+
+from fastship.frames.compress import FramePool, FrameStream
+from fastship.frames.index import Kind, Member
+from fastship.frames.reader import ArtifactReader, ReadAt
+from fastship.frames.tar import Header, NotTar, TarReader
+from fastship.frames.verify import VerifiedContent, verify_content
+from fastship.frames.writer import ArtifactWriter
+
+__all__ = [
+    "ArtifactReader",
+    "ArtifactWriter",
+    "FramePool",
+    "FrameStream",
+    "Header",
+    "Kind",
+    "Member",
+    "NotTar",
+    "ReadAt",
+    "TarReader",
+    "VerifiedContent",
+    "verify_content",
+]

@@ -1,0 +1,231 @@
+"""The frame pool: fixed pieces of the tar stream in, independent zstd frames out, in order, on T threads.
+
+What always holds:
+- The same bytes come out whatever T is and however it changes: a frame depends on its content and level alone.
+- ``commit`` is called in the thread that fills the frames, in frame order.
+- At most T+2 frames are held: T being compressed, one waiting, one being filled. Buffers are anonymous memory whose
+  pages cost nothing until touched, and the one used last is used first: a small episode touches only its own size.
+- With one thread, and for an artifact of one frame, compression runs in the calling thread: no thread is started.
+- A fault in a thread is raised in the caller at the next call; the pool stays usable. Nothing here forks, and a
+  process that used more than one thread must not fork either (design.md).
+
+Imports zstandard; ``fastship.frames`` imports it, the worker and ``pack`` see `FramePool` through the package.
+"""
+
+from __future__ import annotations
+
+import mmap
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import zstandard
+
+Commit = Callable[[bytes, int], None]
+"""Called with one compressed frame and the number of tar stream bytes in it."""
+
+
+class _Slot:
+    """One frame on its way: its buffer, how much of it is used, and what became of it."""
+
+    __slots__ = ("buffer", "done", "error", "level", "result", "used", "view")
+
+    def __init__(self, frame_bytes: int) -> None:
+        self.buffer = mmap.mmap(-1, frame_bytes)
+        self.view = memoryview(self.buffer)
+        self.used = 0
+        self.level = 0
+        self.result = b""
+        self.error: BaseException | None = None
+        self.done = threading.Event()
+
+
+class _Compressors(dict[int, zstandard.ZstdCompressor]):
+    """One thread's compressors by level: their tables are costly to make and are not shared."""
+
+    def __missing__(self, level: int) -> zstandard.ZstdCompressor:
+        made = zstandard.ZstdCompressor(level=level, write_content_size=True, write_checksum=True)
+        self[level] = made
+        return made
+
+    def run(self, slot: _Slot) -> None:
+        slot.result = self[slot.level].compress(slot.view[: slot.used])
+
+
+class FramePool:
+    """Buffers, threads and compressors that outlive the artifacts made with them. One artifact at a time.
+
+    ``threads`` (at least 1) is this process's share of cores. Use as a context manager, or `close` it.
+    """
+
+    def __init__(self, threads: int = 1) -> None:
+        self._wanted = max(1, threads)
+        self._alive = 0
+        self._threads: list[threading.Thread] = []
+        self._work: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
+        self._free: list[_Slot] = []
+        self._frame_bytes = 0
+        self._inline = _Compressors()
+        self._stream: FrameStream | None = None
+        self._closed = False
+
+    @property
+    def threads(self) -> int:
+        return self._wanted
+
+    def set_threads(self, threads: int) -> None:
+        """Change the share of cores (at least 1); from any thread, at any time. Takes effect at the next frame."""
+        self._wanted = max(1, threads)
+
+    def open(self, *, level: int, frame_bytes: int, commit: Commit) -> FrameStream:
+        """Begin an artifact. Fill ``stream.buffer``, ``submit`` each full frame and ``finish`` with the last."""
+        if self._closed or self._stream is not None:
+            raise RuntimeError(
+                "the frame pool is closed" if self._closed else "the frame pool makes one artifact at a time"
+            )
+        if frame_bytes != self._frame_bytes:
+            self._free.clear()
+            self._frame_bytes = frame_bytes
+        self._stream = FrameStream(self, level, commit)
+        return self._stream
+
+    def close(self) -> None:
+        """End the threads and give the memory back. Blocks until the frames under way are compressed. Repeatable."""
+        self._closed = True
+        self._retire_threads(0)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+        self._free.clear()
+        self._inline.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _take_slot(self) -> _Slot:
+        return self._free.pop() if self._free else _Slot(self._frame_bytes)
+
+    def _give_slot(self, slot: _Slot) -> None:
+        slot.result, slot.error = b"", None
+        if len(self._free) < self._wanted + 2:
+            self._free.append(slot)
+
+    def _compress_here(self, slot: _Slot) -> None:
+        self._inline.run(slot)
+
+    def _compress_elsewhere(self, slot: _Slot) -> None:
+        while self._alive < self._wanted:
+            thread = threading.Thread(target=self._run, name=f"frames-{len(self._threads)}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+            self._alive += 1
+        self._retire_threads(self._wanted)
+        slot.done.clear()
+        self._work.put(slot)
+
+    def _retire_threads(self, keep: int) -> None:
+        while self._alive > keep:
+            self._work.put(None)
+            self._alive -= 1
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+
+    def _run(self) -> None:
+        compressors = _Compressors()
+        while (slot := self._work.get()) is not None:
+            try:
+                compressors.run(slot)
+            except BaseException as error:  # raised again in the caller, whatever it is
+                slot.error = error
+            slot.done.set()
+
+
+class FrameStream:
+    """The frames of one artifact. Left without ``finish`` (an error, a drain) it drops what is under way."""
+
+    def __init__(self, pool: FramePool, level: int, commit: Commit) -> None:
+        self._pool = pool
+        self._level = level
+        self._commit = commit
+        self._pending: deque[_Slot] = deque()
+        self._filling: _Slot | None = pool._take_slot()
+        self.buffer = self._filling.view  # of the frame to fill: frame_bytes long, with stale bytes in it
+
+    def submit(self, used: int) -> memoryview:
+        """Take the first ``used`` bytes of ``buffer`` as a frame; the buffer to fill next, which is another.
+
+        Blocks while T frames are being compressed and one waits. Raises what ``commit`` or a compressor raised.
+        """
+        pool, slot = self._pool, self._filling
+        assert slot is not None
+        slot.used, slot.level = used, self._level
+        threads = pool.threads
+        if threads == 1:
+            self._drain(0)
+            pool._compress_here(slot)
+            self._commit(slot.result, used)
+            slot.result = b""
+            return self.buffer
+        pool._compress_elsewhere(slot)
+        self._pending.append(slot)
+        self._filling = None
+        self._drain(threads + 1)
+        self._filling = pool._take_slot()
+        self.buffer = self._filling.view
+        return self.buffer
+
+    def finish(self, used: int) -> None:
+        """Take the last frame, shorter or empty (then there is none), and commit all."""
+        slot = self._filling
+        assert slot is not None
+        if used and self._pending and self._pool.threads > 1:
+            self.submit(used)
+        elif used:
+            slot.used, slot.level = used, self._level
+            self._drain(0)
+            self._pool._compress_here(slot)
+            self._commit(slot.result, used)
+        self._drain(0)
+        self._close()
+
+    def abort(self) -> None:
+        """Drop every frame not yet committed; waits for the compressors. Repeatable, also after ``finish``."""
+        for slot in self._pending:
+            slot.done.wait()
+            self._pool._give_slot(slot)
+        self._pending.clear()
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def _drain(self, keep: int) -> None:
+        """Commit every finished frame at the head, waiting until at most ``keep`` are under way."""
+        pending = self._pending
+        while pending and (len(pending) > keep or pending[0].done.is_set()):
+            slot = pending[0]
+            slot.done.wait()
+            if slot.error is not None:
+                raise slot.error
+            self._commit(slot.result, slot.used)
+            pending.popleft()
+            self._pool._give_slot(slot)
+
+    def _close(self) -> None:
+        if self._pool._stream is self:
+            self._pool._stream = None
+            if self._filling is not None:
+                self._pool._give_slot(self._filling)
+            self._filling = None

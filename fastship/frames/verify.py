@@ -1,0 +1,69 @@
+"""Is an artifact what it says? Every frame decompressed, the tar stream's digest and members counted.
+
+What always holds: memory is bounded as `ArtifactReader.stream` says, whatever the file; nothing is written. Imports
+its siblings, ``errors`` and blake3; the receiver and the command line import it through ``fastship.frames``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import blake3
+import msgspec
+
+from fastship.errors import ArtifactError
+from fastship.frames.reader import ArtifactReader
+from fastship.frames.tar import NotTar, TarReader
+
+
+class VerifiedContent(msgspec.Struct, frozen=True):
+    """What was found: the content digest, the tar stream's length, its members (None: not a tar stream)."""
+
+    blake3: str
+    bytes: int
+    members: int | None
+
+
+def verify_content(path: Path | str, *, threads: int = 1, max_content_bytes: int | None = None) -> VerifiedContent:
+    """Read the artifact at ``path``, with or without seek table, and say what is in it.
+
+    Blocks for the length of a decompression (about 1 GB/s of tar stream a thread), without the GIL. The file is not
+    changed and the call may be repeated. Raises `ArtifactError` when it is damaged, cut, not zstd, or holds more than
+    ``max_content_bytes`` (None: any size).
+    """
+    with ArtifactReader.open(path) as reader:
+        content = _Digested(reader, threads, max_content_bytes)
+        chunks = iter(content)
+        try:
+            members = sum(1 for _ in TarReader(chunks))
+        except NotTar:
+            members = None
+        for _ in chunks:  # the zero blocks, or all that follows what is not tar
+            pass
+        if reader.has_index and sum(1 for _ in reader.members()) != members:
+            raise ArtifactError(f"the member index does not have the {members} members of the tar stream")
+        return VerifiedContent(content.digest.hexdigest(), content.bytes, members)
+
+
+class _Digested:
+    """Passes the tar stream on, digesting, counting and limiting it."""
+
+    def __init__(self, reader: ArtifactReader, threads: int, limit_bytes: int | None) -> None:
+        self._reader = reader
+        self._threads = threads
+        self._limit_bytes = limit_bytes
+        self.digest = blake3.blake3()
+        self.bytes = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        self._check(self._reader.content_bytes or 0)
+        for chunk in self._reader.stream(self._threads):
+            self.bytes += len(chunk)
+            self._check(self.bytes)
+            self.digest.update(chunk)
+            yield chunk
+
+    def _check(self, content_bytes: int) -> None:
+        if self._limit_bytes is not None and content_bytes > self._limit_bytes:
+            raise ArtifactError(f"the artifact holds more than the {self._limit_bytes} bytes that are allowed")

@@ -1,0 +1,150 @@
+"""`pack`, `fingerprint` and `measure`: the three things one does with an episode's directory.
+
+What always holds: the episode is only read. ``pack`` reads every byte once and makes both digests in that pass; what it
+wrote is worth nothing unless it returned. Imports ``errors``, ``episode``, ``durable``, ``frames`` and its siblings.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from fastship import durable
+from fastship.episode import Manifest, read_code_commit
+from fastship.errors import EpisodeChanged, OutboxFull, PackError
+from fastship.frames import ArtifactWriter, FramePool
+from fastship.pack.headers import BLOCK, END_OF_ARCHIVE
+from fastship.pack.stream import Layout, Owner, TarStream
+from fastship.pack.walk import printable, read_fault, walk
+
+
+class Sink(Protocol):
+    """Where an artifact goes: a file opened for writing, buffered or not, or anything with its ``write``."""
+
+    def write(self, data: memoryview, /) -> int | None: ...
+
+
+class PackOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How to pack. ``frame_bytes`` is tar stream bytes a frame; ``owner="zero"`` writes uid and gid as 0."""
+
+    level: int = 3
+    frame_bytes: int = 8 << 20
+    owner: Owner = "keep"
+
+
+class EpisodeSize(msgspec.Struct, frozen=True):
+    """A stat walk's sum: about the tar stream's bytes, and the regular files; ``complete``: it was within the limit."""
+
+    bytes: int
+    files: int
+    complete: bool
+
+
+def pack(
+    episode: Path,
+    sink: Sink,
+    options: PackOptions,
+    pool: FramePool,
+    progress: Callable[[int], None] | None = None,
+) -> Manifest:
+    """Write the artifact of the directory ``episode`` to ``sink`` and say what it is.
+
+    ``progress`` is called about once a frame, and at the end, with the tar stream bytes read so far; what it raises
+    ends the packing. Blocks; may be repeated, and gives the same bytes as long as the episode is the same. Syncs nothing.
+    Raises `EpisodeChanged`, `EpisodeUnreadable`, `OutboxFull`, `PackError`; then the sink holds a useless beginning.
+    """
+    wall, cpu = time.monotonic(), time.process_time()
+    code_commit = read_code_commit(episode)
+    artifact = _DigestingSink(sink)
+    writer = ArtifactWriter(pool, artifact.write, level=options.level, frame_bytes=options.frame_bytes)
+    with writer:
+        stream = TarStream(writer, options.owner, progress)
+        stream.write_episode(episode)
+    return Manifest(
+        episode=printable(os.fsencode(os.path.basename(os.path.abspath(episode)))),
+        artifact_sha256=artifact.digest.hexdigest(),
+        artifact_bytes=writer.artifact_bytes,
+        content_blake3=stream.digest.hexdigest(),
+        content_bytes=stream.content_bytes,
+        members=writer.index.members,
+        frames=writer.frames,
+        frame_bytes=options.frame_bytes,
+        level=options.level,
+        fingerprint=stream.layout.fingerprint(),
+        code_commit=code_commit,
+        skipped=tuple(stream.layout.skipped),
+        boot_id=durable.boot_id(),
+        seconds=time.monotonic() - wall,
+        cpu_seconds=time.process_time() - cpu,
+    )
+
+
+def fingerprint(episode: Path, owner: Owner) -> str:
+    """What `pack`'s manifest of the directory would have as fingerprint, from a stat walk; reads no content.
+
+    Raises `EpisodeChanged` and `EpisodeUnreadable`. Blocks for about 10 us an entry.
+    """
+    layout = Layout(owner)
+    for entry in walk(episode):
+        dir_fd, name, member, status = entry
+        if status is None:
+            status = _status(dir_fd, name, member)
+            if not stat.S_ISREG(status.st_mode):
+                raise EpisodeChanged(f"{printable(member)} was replaced while the episode was read")
+        layout.header_of(entry, status)
+    return layout.fingerprint()
+
+
+def measure(episode: Path, limit_bytes: int) -> EpisodeSize:
+    """Sum up the directory's entries until ``limit_bytes`` is passed: cheap, for deciding, not for trusting.
+
+    Raises `EpisodeChanged` and `EpisodeUnreadable`.
+    """
+    total, files = len(END_OF_ARCHIVE), 0
+    for dir_fd, name, member, status in walk(episode):
+        total += BLOCK
+        if status is None:
+            size = _status(dir_fd, name, member).st_size
+            total += size + -size % BLOCK
+            files += 1
+        if total > limit_bytes:
+            return EpisodeSize(total, files, complete=False)
+    return EpisodeSize(total, files, complete=True)
+
+
+class _DigestingSink:
+    """Writes whole pieces to a sink that may take fewer bytes, digesting them on the way."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self.digest.update(data)
+        view = memoryview(data)
+        try:
+            while view.nbytes:
+                written = self._sink.write(view)
+                if written is None:  # a raw file that does not block has no room now
+                    raise BlockingIOError(errno.EAGAIN, "the sink does not block")
+                view = view[written:]
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                remedy = "free space on the spool's file system; packing is tried again by itself"
+                raise OutboxFull(f"no room for the artifact: {error.strerror}", remedy=remedy) from None
+            raise PackError(f"the artifact cannot be written: {error.strerror}") from None
+
+
+def _status(dir_fd: int, name: bytes, member: bytes) -> os.stat_result:
+    try:
+        return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    except OSError as error:
+        raise read_fault(error, member) from None
