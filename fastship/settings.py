@@ -196,7 +196,7 @@ def load_layers(
     for text in overrides:
         layers.append((f"--set {text}", _parse_override(text), here))
     if values:
-        layers.append(("the caller", {name: dict(section) for name, section in values.items()}, here))
+        layers.append(("given directly", {name: dict(section) for name, section in values.items()}, here))
 
     merged: dict[str, dict[str, Any]] = {}
     origins = {f"{section}.{key}": "built in" for section, keys in _catalogue().items() for key in keys}

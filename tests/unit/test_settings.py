@@ -91,7 +91,7 @@ def test_later_layers_win_and_the_origin_follows(tmp_path: Path) -> None:
     assert loaded.origins["pack.level"] == "profile throughput"
     assert loaded.origins["pack.frame_bytes"] == str(file)
     assert loaded.origins["pack.owner"] == "--set pack.owner=keep"
-    assert loaded.origins["upload.retries"] == "the caller"
+    assert loaded.origins["upload.retries"] == "given directly"
 
 
 def test_profile_on_the_command_line_beats_the_files(tmp_path: Path) -> None:

@@ -1,0 +1,150 @@
+"""The command line: ``fastship COMMAND``.
+
+What always holds: results go to standard output, everything else (logs, progress, errors) to standard error;
+the exit code is that of `fastship.errors`; one of our errors is a sentence and a remedy, never a traceback; an
+error nobody foresaw is a sentence, exit 70, and a file with the traceback. Importing this package is cheap: each
+command imports what it needs when it runs, so that ``--help`` and ``status`` never load curl, zstd or uvicorn.
+
+The top layer: only ``fastship.__main__`` and the console script import it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from fastship.cli import artifacts, demonstration, service, setup, triage
+from fastship.cli.options import Invocation
+from fastship.cli.output import printable_lines
+from fastship.errors import EXIT_INTERNAL, EXIT_OK, EXIT_USAGE, FastshipError
+
+_EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+_EXIT_PIPE_CLOSED = 141  # 128 + SIGPIPE
+
+
+def _version(context: click.Context, _option: click.Parameter, asked: bool) -> None:
+    if asked and not context.resilient_parsing:
+        from importlib.metadata import version
+
+        click.echo(f"fastship {version('fastship')}")
+        context.exit()
+
+
+class _InOrder(click.Group):
+    """Lists its commands as they were added: in the order in which a newcomer needs them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's face
+        return list(self.commands)
+
+
+@click.group(
+    cls=_InOrder,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 all due work done; 2 usage; 3 settings; 4 some episode was not shipped; "
+    "5 another instance holds the spool; 70 a fault of fastship.",
+)
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
+def fastship() -> None:
+    """Gets finished episodes of telemetry off this host: packs, ships, proves the arrival, retires.
+
+    Try it: `fastship demo`. For real: `fastship init DIR --url URL`, then `fastship run`.
+    """
+
+
+for _command in (
+    demonstration.demo,
+    setup.init,
+    service.run,
+    service.once,
+    service.receive,
+    service.status,
+    triage.quarantine,
+    triage.holds,
+    artifacts.pack,
+    artifacts.ls,
+    artifacts.extract,
+    setup.config,
+):
+    fastship.add_command(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and leave the process with its exit code. Never returns."""
+    invocation = Invocation(debug=bool(os.environ.get("FASTSHIP_DEBUG")))
+    with contextlib.suppress(ValueError, AttributeError):  # a standard stream that was replaced
+        sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    code = _run(arguments, invocation)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = _EXIT_PIPE_CLOSED
+    except (OSError, ValueError) as error:
+        _tell(f"standard output cannot be written: {getattr(error, 'strerror', '') or error}")
+        code = code or EXIT_INTERNAL
+    if code == _EXIT_PIPE_CLOSED:
+        _silence_stdout()
+    sys.exit(code)
+
+
+def _run(arguments: Sequence[str] | None, invocation: Invocation) -> int:
+    try:
+        code = fastship.main(arguments, prog_name="fastship", standalone_mode=False, obj=invocation)
+        return code if isinstance(code, int) else EXIT_OK
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return EXIT_USAGE
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        _tell(error.format_message(), f"{context.command_path} --help" if context else "fastship --help")
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        _tell("interrupted")
+        return _EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return _EXIT_PIPE_CLOSED
+    except FastshipError as error:
+        _tell(error.message, error.remedy)
+        if invocation.debug:
+            traceback.print_exc()
+        return error.exit_code
+    except Exception as error:
+        _tell_unexpected(error, invocation)
+        return EXIT_INTERNAL
+
+
+def _tell(message: str, remedy: str = "") -> None:
+    with contextlib.suppress(OSError, ValueError):
+        click.echo(f"fastship: error: {printable_lines(message)}", err=True)
+        if remedy:
+            click.echo(f"  try: {printable_lines(remedy)}", err=True)
+
+
+def _tell_unexpected(error: Exception, invocation: Invocation) -> None:
+    if isinstance(error, OSError) and error.strerror:
+        what = error.strerror + (f": {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else "")
+    else:
+        what = f"unexpected {type(error).__name__}: {error}"
+    if invocation.debug:
+        traceback.print_exc()
+        _tell(what)
+        return
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="fastship-traceback-", suffix=".txt", delete=False) as file:
+            traceback.print_exc(file=file)
+        _tell(what, f"--debug shows where; the traceback is in {file.name}")
+    except OSError:
+        _tell(what, "--debug shows where")
+
+
+def _silence_stdout() -> None:
+    """Whoever read our output is gone: what is still buffered goes nowhere, so that the exit is quiet."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
