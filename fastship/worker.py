@@ -30,12 +30,12 @@ from fastship.episode import Manifest, Outcome, Verdict
 from fastship.errors import FastshipError, OutboxFull, PackError
 from fastship.frames import FramePool
 from fastship.lifecycle.events import Answered, PackBegan, Packed, PackFailed, Returned
-from fastship.pack import PackOptions, fingerprint, pack, raise_open_files_limit
+from fastship.pack import PackOptions, fingerprint, pack
 from fastship.spool import Outbox
 from fastship.spool.layout import Layout
 from fastship.upload import Artifact, Session
 
-BOOT_FAILED = 71  # exit status: another worker would not start either
+BOOT_FAILED = 71  # exit status: another worker would not start either (crew.BOOT_FAILED)
 BEAT_S = 0.25
 
 log = structlog.get_logger(__name__)
@@ -64,7 +64,7 @@ class Worker:
         self._options = PackOptions(
             level=settings.pack.level, frame_bytes=settings.pack.frame_bytes, owner=settings.pack.owner
         )
-        self._pool = FramePool(threads=1, frame_bytes=settings.pack.frame_bytes)
+        self._pool = FramePool()
         self._queue: queue.SimpleQueue[ipc.Assignment | None] = queue.SimpleQueue()
         self._under_way: dict[str, _Progress] = {}
         self._manifests: dict[str, Manifest] = {}
@@ -216,7 +216,6 @@ def main(fd: int) -> int:
         if not isinstance(welcome, ipc.Welcome):
             return BOOT_FAILED
         try:
-            raise_open_files_limit()
             worker = Worker(channel, welcome)
         except Exception as error:
             sys.stderr.write(f"fastship: worker cannot start: {type(error).__name__}: {error}\n")
