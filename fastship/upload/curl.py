@@ -439,6 +439,8 @@ class _Transfer:
             return Fault(FaultKind.ARTIFACT, self._artifact_error)
         if self._body_bytes > ANSWER_LIMIT_BYTES:
             return Fault(FaultKind.NETWORK, f"the answer's body goes on for more than {ANSWER_LIMIT_BYTES} bytes")
+        if code == pycurl.E_UNSUPPORTED_PROTOCOL and self.easy.getinfo(pycurl.PRIMARY_IP):  # said after connecting
+            return Fault(FaultKind.SETTINGS, f"what answers there is not HTTP, see destination.url: {message}")
         return Fault(_kind(code, message), f"{message or 'no reason given'} (curl {code})")
 
 
