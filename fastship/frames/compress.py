@@ -9,7 +9,7 @@ What always holds:
 - A fault in a thread is raised in the caller at the next call; the pool stays usable. Nothing here forks, and a
   process that used more than one thread must not fork either (design.md).
 
-Imports zstandard; ``fastship.frames`` imports it, the worker and ``pack`` see `FramePool` through the package.
+Imports zstandard and ``index``; ``fastship.frames`` imports it, the worker and ``pack`` see `FramePool` through the package.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from types import TracebackType
 from typing import Self
 
 import zstandard
+
+from fastship.frames.index import index_compressor
 
 Commit = Callable[[bytes, int], None]
 """Called with one compressed frame and the number of tar stream bytes in it."""
@@ -69,6 +71,7 @@ class FramePool:
         self._free: list[_Slot] = []
         self._frame_bytes = 0
         self._inline = _Compressors()
+        self.index_compressor = index_compressor()
         self._stream: FrameStream | None = None
         self._closed = False
 

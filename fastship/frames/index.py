@@ -68,15 +68,23 @@ class Member(NamedTuple):
     link: bytes
 
 
-class IndexWriter:
-    """Takes the members in tar order; `finish` gives the whole skippable frame."""
+def index_compressor() -> zstandard.ZstdCompressor:
+    """For one thread's `IndexWriter`s, one after the other."""
+    return zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True, write_content_size=True)
 
-    def __init__(self) -> None:
+
+class IndexWriter:
+    """Takes the members in tar order; `finish` gives the whole skippable frame.
+
+    ``compressor`` comes from `index_compressor`; making one costs as much as packing ten small files, so it is kept.
+    """
+
+    def __init__(self, compressor: zstandard.ZstdCompressor) -> None:
         self._pending = bytearray()
         self._blocks: list[bytes] = []
         self._index_bytes = 0
         self._too_large = False
-        self._compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
+        self._compressor = compressor
         self.members = 0
 
     def add(

@@ -27,7 +27,7 @@ class ArtifactWriter:
         self._write = write
         self._entries = array("I")
         self._stream = pool.open(level=level, frame_bytes=frame_bytes, commit=self._commit)
-        self.index = IndexWriter()
+        self.index = IndexWriter(pool.index_compressor)
         self.frames = 0  # data frames committed
         self.artifact_bytes = 0
 

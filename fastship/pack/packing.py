@@ -58,7 +58,7 @@ def pack(
     """Write the artifact of the directory ``episode`` to ``sink`` and say what it is.
 
     ``progress`` is called about once a frame, and at the end, with the tar stream bytes read so far; what it raises
-    ends the packing. Blocks; may be repeated, and gives the same bytes as long as the episode is the same. Syncs nothing.
+    ends the packing. Blocks; may be repeated, and gives the same bytes while the episode is the same. Syncs nothing.
     Raises `EpisodeChanged`, `EpisodeUnreadable`, `OutboxFull`, `PackError`; then the sink holds a useless beginning.
     """
     wall, cpu = time.monotonic(), time.process_time()
