@@ -61,6 +61,14 @@ RETRY_AFTER_SPREAD = 0.25
 """A Retry-After is stretched by up to this part, so that all hosts it was told to do not come back at once."""
 
 
+DIGEST_MISMATCH = "digest-mismatch"
+"""The receiver's error code that tells a wrong digest from its other reasons for a 400 about an episode."""
+
+
+class _ErrorBody(msgspec.Struct, frozen=True):
+    code: str | None = None
+
+
 class UploadPlace(msgspec.Struct, frozen=True):
     """Where an upload stands: its resource, the receiver's offset, and the most one append may carry."""
 
@@ -174,9 +182,17 @@ def read_answer(request: Request, answer: Answer, manifest: Manifest, known_url:
         )  # this append arrived damaged and was dropped: its offset is asked for and it is sent again
     if answer.status in (404, 410) and (about_upload or appending):
         return CreateAgain()  # the upload is gone, not the episode
-    if answer.status == 400 and complete is True:
+    if answer.status == 400 and complete is True and _error_code(answer) in (None, DIGEST_MISMATCH):
         return Mismatch()
     return Final()
+
+
+def _error_code(answer: Answer) -> str | None:
+    """The ``code`` of a JSON error body; None where it has none."""
+    try:
+        return msgspec.json.decode(answer.body, type=_ErrorBody).code
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None
 
 
 def _read_place(request: Request, answer: Answer, offset: int, manifest: Manifest, known_url: str | None) -> Reading:
@@ -328,6 +344,10 @@ class _NativeCourse:
                 return (yield from self._prove(answer))
             case Final():
                 verdict = verdict_of_status(answer, self._resumed_at)
+                about_upload = fields.parse_boolean(answer.field(fields.UPLOAD_COMPLETE)) is False
+                if about_upload and answer.status // 100 == 5:
+                    # Of this upload alone (another request took over, it is being verified): no reason to pause all.
+                    verdict = msgspec.structs.replace(verdict, scope=Scope.NETWORK)
                 if not row_of_status(answer).retried:
                     return verdict
                 return (yield from self._wait(verdict, retry_after_s(answer)))

@@ -245,6 +245,14 @@ def test_retry_after_is_obeyed_with_jitter_and_a_long_one_ends_the_attempt() -> 
     assert long.verdict.retry_after_s == 900.0
 
 
+def test_a_busy_upload_pauses_no_destination() -> None:
+    busy = answer(503, upload_complete="?0", retry_after="10")
+    played = play(script(place(0), busy), upload=RESUMABLE)
+    assert (played.verdict.scope, played.verdict.retry_after_s) == (Scope.NETWORK, 10.0)
+    busy = answer(503, upload_complete="?0", retry_after="2")
+    assert play(script(place(0), busy, stored(200)), upload=RESUMABLE).verdict.outcome is Outcome.SHIPPED
+
+
 def test_no_retries_means_none() -> None:
     none = msgspec.structs.replace(UPLOAD, retries=0)
     assert len(play(lambda _request: CUT, upload=none).requests) == 1
@@ -298,6 +306,13 @@ def test_a_digest_mismatch_of_a_sound_artifact_starts_from_0_a_bounded_number_of
     always = play(lambda _request: mismatch)
     assert always.outline == [("PUT", 0, SIZE)] * (1 + RESTARTS)
     assert (always.verdict.outcome, always.verdict.scope) == (Outcome.TRANSIENT, Scope.NETWORK)
+
+
+def test_a_400_for_another_reason_is_no_digest_mismatch() -> None:
+    played = play(script(answer(400, b'{"error": "...", "code": "commit-missing"}', upload_complete="?1")))
+    assert (played.verdict.outcome, played.checks) == (Outcome.REJECTED, [])
+    named = play(script(answer(400, b'{"code": "digest-mismatch"}', upload_complete="?1"), stored()))
+    assert (named.verdict.outcome, len(named.checks)) == (Outcome.SHIPPED, 1)
 
 
 def test_a_digest_mismatch_of_a_damaged_artifact_asks_for_a_new_pack() -> None:
