@@ -29,11 +29,10 @@ _REDRAW_S = 0.1  # ten pictures a second look smooth; each costs about 2 ms here
 def result_line(result: EpisodeResult) -> str:
     """One episode's end in words: ``ep-1 shipped: 12.0 MB -> 3.0 MB (4.00x) in 0.31 s, 38.7 MB/s``."""
     text = f"{printable(result.episode)} {result.outcome}"
-    if result.bytes_out:
+    if result.bytes_out and result.outcome == "shipped":
         sizes = f"{format_bytes(result.bytes_in)} -> {format_bytes(result.bytes_out)}"
         text += f": {sizes} ({format_ratio(result.bytes_in, result.bytes_out)}x) in {format_seconds(result.seconds)}"
-        if result.outcome == "shipped":
-            text += f", {format_rate(result.bytes_in, result.seconds)}"
+        text += f", {format_rate(result.bytes_in, result.seconds)}"
     if result.resumed_at:
         text += f", resumed at {format_bytes(result.resumed_at)}"
     if result.error:
@@ -171,7 +170,8 @@ def _progress_line(one: EpisodeProgress, width: int) -> Text:
     fraction = min(1.0, one.done_bytes / one.total_bytes) if one.total_bytes else 0.0
     bar_width = min(30, max(0, width - name_width - 46))
     full = int(bar_width * fraction)
-    bar = Text.assemble(("━" * full, "cyan"), ("━" * (bar_width - full), "bright_black"))
+    rest = "━" if one.total_bytes else " "
+    bar = Text.assemble(("━" * full, "cyan"), (rest * (bar_width - full), "bright_black"))
     rate = format_rate(one.done_bytes, one.seconds)
     left = format_seconds(one.seconds * (1 - fraction) / fraction) if 0 < fraction < 1 and one.seconds > 0.5 else ""
     percent = f"{100 * fraction:3.0f} %" if one.total_bytes else format_bytes(one.done_bytes)

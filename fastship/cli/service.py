@@ -211,6 +211,6 @@ def _hush(loaded: LoadedSettings, hushed: bool) -> Settings:
 
     settings = loaded.settings
     if hushed and loaded.origins["log.level"] == "profile default":
-        settings = msgspec.structs.replace(settings, log=msgspec.structs.replace(settings.log, level="warning"))
+        settings = msgspec.structs.replace(settings, log=msgspec.structs.replace(settings.log, level="error"))
     logs.configure(settings.log)
     return settings

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
@@ -33,6 +33,8 @@ from fastship.settings import Settings
 _EPISODES = 5
 _START_LIMIT_S = 60.0  # a receiver starts in under a second; a loaded machine may take long
 _READ_LIMIT_S = 120.0  # one read of the socket while reading back
+_DRAIN_LIMIT_S = 5.0  # Ctrl-C in a demo is meant now
+_ROOM_BYTES = 100_000_000
 _CHUNK_BYTES = 1 << 20
 
 
@@ -68,47 +70,56 @@ def run_demo(
     read-back artifacts and trees. ``observer`` sees the shipping, within the context ``shipping``; ``say`` gets a
     line at each step. Blocks; call it in the main thread. Raises `UsageError`, `ReceiverError`, `Ended`.
     """
-    spool, store, log = directory / "spool", directory / "receiver", directory / "receiver.log"
     plan = recorder.plan_copies(sources)
-    wanted = 3 * sum(recorder.size_bytes(source) for source, _ in plan) + 200_000_000
-    recorder.check_room(directory, wanted)
-    names = [name for _, name in plan] or [f"host-{number + 1}" for number in range(_EPISODES)]
+    recorder.check_room(directory, 3 * sum(recorder.size_bytes(source) for source, _ in plan) + _ROOM_BYTES)
+    if plan:
+        makers = {name: recorder.copy_of(source) for source, name in plan}
+        doing = f"copying {len(plan)} of your directories, shipping each as soon as it is copied"
+    else:
+        makers = {f"host-{number + 1}": recorder.host_telemetry(seconds / _EPISODES) for number in range(_EPISODES)}
+        doing = f"recording {_EPISODES} episodes of this host in {seconds:g} s, shipping each as soon as it ends"
     seen: dict[str, status.EpisodeResult] = {}
 
     def observe(snapshot: status.Snapshot) -> None:
         seen.update((one.episode, one) for one in snapshot.recent)
         observer(snapshot)
 
-    with _receiver(store, log, reserve_bytes=min(512 << 20, wanted)) as url:
-        say(f"the receiver answers at {url} and stores in {store}/episodes")
-        settings = Settings.load(values={"spool": {"root": str(spool)}, "destination": {"url": url}})
-        episodes = spool / "episodes"
-        episodes.mkdir(parents=True)
-        if plan:
-            say(f"copying {len(plan)} directories into {episodes}")
-            for source, name in plan:
-                recorder.copy(source, directory / name)
-                os.rename(directory / name, episodes / name)
-            _ship(settings, observe, shipping, names, None)
-        else:
-            say(f"recording {len(names)} episodes of this host for {seconds:g} s, shipping each as it ends")
-            host = recorder.HostRecorder(episodes, names, seconds)
-            host.start()
-            try:
-                _ship(settings, observe, shipping, names, host)
-            finally:
-                host.stop()
-                host.join()
+    spool = directory / "spool"
+    with _Receiver(directory / "receiver", directory / "receiver.log") as receiver:
+        say(f"working in {directory}")
+        say(f"the receiver answers at {receiver.url}")
+        say(doing)
+        settings = Settings.load(
+            values={
+                "spool": {"root": str(spool)},
+                "destination": {"url": receiver.url},
+                "workers": {"drain_timeout_s": _DRAIN_LIMIT_S},
+            }
+        )
+        (spool / "episodes").mkdir(parents=True)
+        recording = recorder.Recorder(spool / "episodes", makers)
+        recording.start()
+        try:
+            with shipping():
+                _ship(settings, observe, recording, list(makers), receiver)
+        finally:
+            recording.stop()
+            recording.join()
         say("reading every episode back from the receiver and comparing it with what was recorded")
-        return [_read_back(url, name, spool, directory, seen.get(name), keep=keep) for name in sorted(names)]
+        compared = []
+        for name in sorted(makers):
+            compared.append(_read_back(receiver.url, name, spool, directory, seen.get(name), keep=keep))
+            if receiver.has_ended():
+                raise receiver.error("ended in the middle")
+        return compared
 
 
 def _ship(
     settings: Settings,
     observe: Callable[[status.Snapshot], None],
-    shipping: Callable[[], contextlib.AbstractContextManager[object]],
+    recording: recorder.Recorder,
     names: Sequence[str],
-    host: recorder.HostRecorder | None,
+    receiver: _Receiver,
 ) -> None:
     """Run the daemon until every episode has left ``episodes/`` or is held. Raises `Ended` when it was told to stop."""
     from fastship.shipper import Shipper
@@ -116,14 +127,16 @@ def _ship(
     spool = Path(settings.spool.root)
 
     def settled() -> bool:
-        if host is not None and host.is_alive():
+        if recording.is_alive():
             return False
         return not any((spool / "episodes" / name).is_dir() and not _held(spool, name) for name in names)
 
-    with shipping():
-        Shipper(settings, observer=observe, reload=lambda: settings).run_forever(stop_check=settled)
-    if host is not None and host.error is not None:
-        raise host.error
+    shipper = Shipper(settings, observer=observe, reload=lambda: settings)  # with `reload`, signals drain
+    shipper.run_forever(stop_check=lambda: recording.error is not None or receiver.has_ended() or settled())
+    if recording.error is not None:
+        raise recording.error
+    if receiver.has_ended():
+        raise receiver.error("ended in the middle")
     if not settled():
         raise Ended
 
@@ -132,34 +145,65 @@ def _held(spool: Path, name: str) -> bool:
     return (spool / "holds" / f"{name}.json").exists()
 
 
-@contextlib.contextmanager
-def _receiver(store: Path, log: Path, *, reserve_bytes: int) -> Iterator[str]:
-    """A receiver in a process of its own; gives its URL, and ends it. Raises `ReceiverError` when it does not start."""
-    command = [sys.executable, "-m", "fastship", "receive", "--root", str(store), "--listen", "127.0.0.1:0"]
-    command += ["--set", f"receiver.reserve_bytes={reserve_bytes}", "-c", os.devnull]  # not the reader's own settings
-    with open(log, "wb") as errors:
-        # In a session of its own: Ctrl-C reaches the shipper, which drains; the receiver must outlive that.
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
-    assert process.stdout is not None
-    try:
-        url = _first_line(process.stdout, process)
-        if not url.startswith("http"):
-            process.kill()
-            process.wait()
-            told = log.read_text(errors="replace").strip().splitlines()[-4:]
-            raise ReceiverError(
-                "the receiver did not start: " + ("; ".join(line.strip() for line in told) or "it said nothing"),
-                remedy=f"{' '.join(command)}",
+class _Receiver:
+    """A receiver in a process of its own, from ``with`` to its end. Raises `ReceiverError` when it does not start."""
+
+    def __init__(self, store: Path, log: Path) -> None:
+        self._log = log
+        # -c: not by the reader's own settings. The reserve: the room was looked at already.
+        self._command = [
+            sys.executable,
+            "-m",
+            "fastship",
+            "receive",
+            "-c",
+            os.devnull,
+            "--set",
+            "receiver.reserve_bytes=0",
+        ]
+        self._command += ["--root", str(store), "--listen", "127.0.0.1:0"]
+        self.url = ""
+
+    def __enter__(self) -> _Receiver:
+        with open(self._log, "wb") as errors:
+            # In a session of its own: Ctrl-C reaches the shipper, which drains; the receiver must outlive that.
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
             )
-        yield url
-    finally:
-        process.terminate()
+        assert self._process.stdout is not None
         try:
-            process.wait(20)
+            self.url = _first_line(self._process.stdout, self._process)
+            if not self.url.startswith("http"):
+                raise self.error("did not start")
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def error(self, what: str) -> ReceiverError:
+        """An error with the last that the receiver said."""
+        code = self._process.poll()
+        self._end()
+        said = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        told = f"exit status {code}: {'; '.join(said[-4:]) or 'it said nothing'}"
+        return ReceiverError(f"the demo's receiver {what}: {told}", remedy=" ".join(self._command))
+
+    def _end(self) -> None:
+        """Idempotent."""
+        self._process.terminate()
+        try:
+            self._process.wait(20)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout.close()
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
 
 
 def _first_line(stream: IO[bytes], process: subprocess.Popen[bytes]) -> str:

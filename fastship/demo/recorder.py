@@ -16,9 +16,10 @@ import platform
 import re
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +27,8 @@ from typing import IO, Any
 
 from fastship.episode import MARKER, is_episode_id
 from fastship.errors import UsageError
+
+Maker = Callable[[Path, threading.Event], None]
 
 _FAST_S = 0.02  # CPU, memory: cheap to ask
 _SLOW_S = 0.2  # processes: some 10 ms for a hundred of them
@@ -39,17 +42,17 @@ def mark_done(episode: Path) -> None:
     (episode / MARKER).touch()
 
 
-class HostRecorder(threading.Thread):
-    """Records ``names`` one after the other, each for an equal part of ``seconds``, in a thread of its own.
+class Recorder(threading.Thread):
+    """Makes episodes one after the other in a thread of its own, each marked when it is whole.
 
-    ``error`` is what ended it early, or None; `stop` ends it within a sample, leaving the last episode unmarked.
+    ``error`` is what ended it early, or None; `stop` ends it soon, leaving the last episode unmarked.
     """
 
-    def __init__(self, episodes: Path, names: list[str], seconds: float) -> None:
+    def __init__(self, episodes: Path, makers: Mapping[str, Maker]) -> None:
+        """``makers``: for each episode what fills its directory; given that directory and when to stop."""
         super().__init__(name="recorder", daemon=True)
         self._episodes = episodes
-        self._names = names
-        self._seconds = seconds
+        self._makers = makers
         self._stopping = threading.Event()
         self.error: Exception | None = None
 
@@ -58,22 +61,30 @@ class HostRecorder(threading.Thread):
 
     def run(self) -> None:
         try:
-            for name in self._names:
-                directory = self._episodes / name
-                directory.mkdir()
-                _record_host(directory, self._seconds / len(self._names), self._stopping)
+            for name, make in self._makers.items():
+                make(self._episodes / name, self._stopping)
                 if self._stopping.is_set():
                     return
-                mark_done(directory)
+                mark_done(self._episodes / name)
         except Exception as error:  # told by whoever waits for this thread
             self.error = error
+
+
+def host_telemetry(seconds: float) -> Maker:
+    """What records this host for ``seconds`` into an episode."""
+    return lambda directory, stopping: _record_host(directory, seconds, stopping)
+
+
+def copy_of(source: Path) -> Maker:
+    """What copies ``source`` into an episode, as it is: links, modes, times, sparse files, FIFOs."""
+    return lambda directory, stopping: _copy(source, directory, stopping)
 
 
 def _record_host(directory: Path, seconds: float, stopping: threading.Event) -> None:
     """One episode: JSONL of processes and disks, CSV of memory and network, a binary array of CPU times, meta.json."""
     import psutil
 
-    (directory / "network").mkdir()
+    (directory / "network").mkdir(parents=True)
     started = time.time()
     cpu = array.array("d")
     with ExitStack() as files:
@@ -165,19 +176,24 @@ def plan_copies(sources: Iterable[Path]) -> list[tuple[Path, str]]:
     return plan
 
 
-def copy(source: Path, target: Path) -> None:
-    """Copy a directory as it is (links, modes, times, sparse files, FIFOs) and mark it done. Raises `UsageError`."""
-    result = subprocess.run(
-        ["cp", "-a", "--", str(source), str(target)], capture_output=True, text=True, errors="replace"
-    )
-    if result.returncode:
-        lines = result.stderr.strip().splitlines()
+def _copy(source: Path, target: Path, stopping: threading.Event) -> None:
+    """Raises `UsageError` when something of it cannot be copied."""
+    command = ["cp", "-a", "--", str(source), str(target)]
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        while process.poll() is None:
+            if stopping.wait(0.01):
+                process.terminate()
+                process.wait()
+                return
+        said.seek(0)
+        lines = said.read().decode(errors="replace").splitlines()
+    if process.returncode:
         raise UsageError(
             f"{source} cannot be copied: {lines[0] if lines else 'cp failed'}",
             remedy="choose directories that you may read whole, and a --dir with room for three times their size",
         )
     target.chmod(target.stat().st_mode | 0o700)  # the copy may be of a read-only directory
-    mark_done(target)
 
 
 def size_bytes(directory: Path) -> int:
