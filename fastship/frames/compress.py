@@ -9,7 +9,7 @@ What always holds:
 - A fault in a thread is raised in the caller at the next call; the pool stays usable. Nothing here forks, and a
   process that used more than one thread must not fork either (design.md).
 
-Imports zstandard and ``index``; ``fastship.frames`` imports it, the worker and ``pack`` see `FramePool` through the package.
+Imports zstandard and ``index``; the worker and ``pack`` see `FramePool` through the package.
 """
 
 from __future__ import annotations

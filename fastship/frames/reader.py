@@ -235,18 +235,21 @@ class ArtifactReader:
 
 
 class _Source:
-    """What the streaming decompressor reads from: part of the artifact, then the sentinel frame."""
+    """What the streaming decompressor reads from: part of the artifact, then the sentinel frame.
+
+    The sentinel comes in one piece with the last bytes of the artifact: libzstd 1.5.7, holding the beginning of a frame
+    header from an earlier piece, takes a whole frame at the beginning of the next piece in its stead.
+    """
 
     def __init__(self, read: Callable[[int, int], bytes], start: int, end: int, sentinel: bytes) -> None:
         self._read, self._at, self._end, self._sentinel = read, start, end, sentinel
 
     def read(self, count: int) -> bytes:
-        if self._at < self._end:
-            data = self._read(self._at, min(self._end, self._at + count))
-            self._at += len(data)
-            return data
-        data, self._sentinel = self._sentinel, b""
-        return data
+        if self._at == self._end:
+            return b""
+        data = self._read(self._at, min(self._end, self._at + count))
+        self._at += len(data)
+        return data if self._at < self._end else data + self._sentinel
 
 
 _of_thread = threading.local()

@@ -39,6 +39,8 @@ def verify_content(path: Path | str, *, threads: int = 1, max_content_bytes: int
             members = sum(1 for _ in TarReader(chunks))
         except NotTar:
             members = None
+        if not content.bytes:
+            members = None
         for _ in chunks:  # the zero blocks, or all that follows what is not tar
             pass
         if reader.has_index and sum(1 for _ in reader.members()) != members:
