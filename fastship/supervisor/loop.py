@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+import msgspec
 import structlog
 
 from fastship import ipc, status
@@ -105,11 +106,8 @@ class Supervisor:
         status.notify("READY=1")
 
     def _end(self) -> None:
-        """Retire what was proven until the last moment. What cannot be is offered again next time."""
-        try:
-            self._flush_retirements()
-        except OSError:
-            log.exception("retire-failed")
+        """Retire what was proven until the last moment."""
+        self._flush_retirements()
         self._report(final=True)
 
     def _loop(self) -> None:
@@ -146,6 +144,8 @@ class Supervisor:
     def _reap(self) -> None:
         timeout_s = self._settings.workers.heartbeat_timeout_s
         for hand in self._crew.silent(timeout_s):
+            self._hear_all(hand)  # what it said while we were busy with the disk counts
+        for hand in self._crew.silent(timeout_s):
             log.error("worker-silent", worker=hand.number, pid=hand.pid, for_s=timeout_s)
             hand.kill()
         for hand, how in self._crew.reap():  # raises WorkerCannotStart
@@ -175,10 +175,13 @@ class Supervisor:
         for key, _ in self._selector.select(timeout_s):
             source = key.data
             if isinstance(source, Hand):
-                for message in source.messages():
-                    self._heard(source, message)
+                self._hear_all(source)
             else:
                 source()  # inotify or a signal
+
+    def _hear_all(self, hand: Hand) -> None:
+        for message in hand.messages():
+            self._heard(hand, message)
 
     def _heard(self, hand: Hand, message: ipc.FromWorker) -> None:
         match message:
@@ -249,13 +252,18 @@ class Supervisor:
         return 1 + (size.bytes + 1024 * size.files) // frame_bytes
 
     def _quarantine(self, command: ev.Quarantine) -> None:
-        log.error("quarantined", episode=ascii(command.episode), status=command.status_code, error=command.error)
-        self._tally.quarantined(self._book, command.episode, command.error)
+        log.error(
+            "quarantined",
+            episode=ascii(command.episode),
+            status=command.status_code,
+            error=command.error,
+            **_remediation_in(command),
+        )
         self._spool.quarantine(command.episode, status_code=command.status_code, error=command.error, body=command.body)
+        self._tally.quarantined(self._book, command.episode, command.error)
 
     def _hold(self, command: ev.Hold) -> None:
         log.error("held", episode=command.episode, reason=command.reason, status=command.status, error=command.error)
-        self._tally.held(self._book, command.episode, command.error)
         self._spool.hold(
             HoldRecord(
                 episode=command.episode,
@@ -268,16 +276,22 @@ class Supervisor:
                 held_at=now_wall(),
             )
         )
+        self._tally.held(self._book, command.episode, command.error)
 
     def _flush_retirements(self) -> None:
         """The group commit: all episodes proven since the last turn of the loop are retired together."""
         batch, self._retirements = self._retirements, []
         if not batch:
             return
-        failed = self._spool.retire([(one.episode, one.receipt, one.manifest) for one in batch])
+        try:
+            failed = self._spool.retire([(one.episode, one.receipt, one.manifest) for one in batch])
+        except OSError as error:  # no receipt could be made durable, so none was moved
+            failed = dict.fromkeys((one.episode for one in batch), error)
         for one in batch:
             if one.episode in failed:
+                # It is in episodes/ still: the next look offers it again, and the answer will be 200.
                 log.error("retire-failed", episode=one.episode, error=str(failed[one.episode]))
+                self._tally.retire_failed()
             else:
                 self._tally.retired(one.manifest)
 
@@ -350,6 +364,17 @@ class Supervisor:
         if observed and self._observer is not None:
             self._next_observe = now + OBSERVE_S
             self._observer(snapshot)
+
+
+def _remediation_in(command: ev.Quarantine) -> dict[str, str]:
+    """What the receiver tells the operator of a refused commit to run: the original's S10."""
+    if command.status_code != 412:
+        return {}
+    try:
+        told = msgspec.json.decode(command.body, type=dict[str, object])
+    except msgspec.MsgspecError:
+        return {"body": command.body}
+    return {name: str(told[name]) for name in ("your_commit", "head_commit", "remediation") if name in told}
 
 
 def thread_count(settings: Settings) -> int:

@@ -92,10 +92,23 @@ class Patrol:
             self._notice_at = None
             self._selector.register(self._watch, selectors.EVENT_READ, self.notice)
         if now >= self._next_look:
-            self.look()
+            self._next_look = now + self.settings.spool.scan_interval_s  # where it fails; else `look` knows better
+            self._try("look", self.look)
         if now >= self._next_pass:
             self._next_pass = now + self.settings.spool.scan_interval_s
-            self._pass(heartbeat)
+            self._try("pass", self._pass)
+            status.notify("WATCHDOG=1")
+            if heartbeat is not None:
+                self._try("heartbeat", heartbeat)
+
+    def _try(self, what: str, step: Callable[[], None]) -> None:
+        """What fails is logged, and neither keeps the others from their turn nor is tried again before its own."""
+        try:
+            step()
+        except OSError as error:
+            log.error(f"{what}-failed", error=str(error))
+        except Exception:
+            log.exception(f"{what}-failed")
 
     def notice(self) -> None:
         """What inotify says. Each episode is looked at before it is believed."""
@@ -151,19 +164,13 @@ class Patrol:
             elif record.reason == "changing":
                 self._spool.hold(msgspec.structs.replace(record, fingerprint=now))
 
-    def _pass(self, heartbeat: Callable[[], None] | None) -> None:
-        """Once every scan interval: sweep, clean up, the requests that inotify may have missed, heartbeat."""
+    def _pass(self) -> None:
+        """Once every scan interval: sweep, clean up, the requests that inotify may have missed."""
         self._sweep()
         if time.monotonic() >= self._next_cleanup:
             self._cleanup()
         self._serve_requests()
         requests.forget_old(self._spool.paths.requests, older_than_s=3600.0)
-        status.notify("WATCHDOG=1")
-        if heartbeat is not None:
-            try:
-                heartbeat()
-            except Exception:
-                log.exception("heartbeat-failed")
 
     def _sweep(self) -> None:
         for episode in self._spool.sweep():

@@ -29,13 +29,16 @@ class Tally:
         self._started = time.monotonic()
         self._started_wall = time.time()
         self._recent: deque[status.EpisodeResult] = deque(maxlen=RECENT)
-        self._shipped = self._held = self._fatal = 0
+        self._shipped = self._held = self._fatal = self._not_retired = 0
         self._bytes_in = self._bytes_out = 0
 
     def retired(self, manifest: Manifest) -> None:
         self._shipped += 1
         self._bytes_in += manifest.content_bytes
         self._bytes_out += manifest.artifact_bytes
+
+    def retire_failed(self) -> None:
+        self._not_retired += 1
 
     def held(self, book: Book, episode: str, error: str) -> None:
         self._held += 1
@@ -85,7 +88,7 @@ class Tally:
         return status.PassResult(
             scanned=book.scanned,
             shipped=self._shipped,
-            transient_failures=book.transient + untried,
+            transient_failures=book.transient + self._not_retired + untried,
             conflicts=book.count(State.HELD) if self._once else self._held,
             fatal=self._fatal,
             bytes_in=self._bytes_in,
