@@ -69,6 +69,7 @@ class Worker:
         self._under_way: dict[str, _Progress] = {}
         self._manifests: dict[str, Manifest] = {}
         self._draining = False
+        self._answering = threading.Lock()  # from when an episode is not under way any more until that is said
         self._session = Session(
             settings.destination, settings.upload, on_progress=self._shipped_bytes, on_verdict=self._judged
         )
@@ -96,9 +97,13 @@ class Worker:
             if time.monotonic() >= next_beat:
                 self._channel.send(ipc.Beat(self._progress()))
                 next_beat = time.monotonic() + BEAT_S
-            if self._draining and not self._packer.is_alive() and not self._under_way:
-                self._checker.shutdown()
-                return 0
+            if self._packer.is_alive():
+                continue
+            if not self._draining:
+                return 1  # an exception that nobody foresaw ended it and is printed: the episode goes to another worker
+            if not self._under_way:
+                with self._answering:
+                    return 0
 
     def _drain(self) -> None:
         if self._draining:
@@ -178,7 +183,8 @@ class Worker:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise OutboxFull(f"{self._layout.outbox}: {error.strerror}", remedy="free some space") from None
-            raise
+            path = error.filename or self._layout.outbox
+            raise PackError(f"{path}: {error.strerror}", remedy="see what is wrong with the outbox") from None
         return manifest, False
 
     # --- the session's thread --------------------------------------------------------------------------------
@@ -202,9 +208,9 @@ class Worker:
                 unchanged = now == manifest.fingerprint
             except (PackError, OSError):
                 unchanged = False
-        with contextlib.suppress(ipc.Closed):
+        with self._answering, contextlib.suppress(ipc.Closed):
+            del self._under_way[episode]  # first: it may be given to us again as soon as it is answered
             self._channel.send(Answered(episode, verdict, manifest, unchanged))
-        del self._under_way[episode]  # last: a draining worker ends when nothing is under way
 
 
 def main(fd: int) -> int:
