@@ -1,0 +1,44 @@
+"""Fixtures of the system and crash tests; what they give is in ``lab``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab import Destination, Lab, Receiver
+
+MakeLab = Callable[..., Lab]
+
+
+@pytest.fixture
+def destination() -> Iterator[Destination]:
+    """A scripted server."""
+    server = Destination()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def receiver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
+    """The real receiver, one for all tests of a module: give each test's episodes names of their own."""
+    process = Receiver(tmp_path_factory.mktemp("receiver") / "store")
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def make_lab(tmp_path: Path) -> MakeLab:
+    """``make_lab(url, section={...})``: a fresh spool that ships to ``url``."""
+
+    def make(url: str, **sections: dict[str, Any]) -> Lab:
+        return Lab(tmp_path, url, sections)
+
+    return make
+
+
+@pytest.fixture
+def lab(make_lab: MakeLab, destination: Destination) -> Lab:
+    """A spool that ships to the scripted server."""
+    return make_lab(destination.url)
