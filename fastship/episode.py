@@ -9,6 +9,7 @@ Imports only ``errors``; everything above may import it.
 from __future__ import annotations
 
 import enum
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ def read_code_commit(episode: Path) -> str | None:
     Missing, unreadable or malformed gives None and never raises: the receiver decides what that means.
     """
     try:
-        with open(episode / "meta.json", "rb") as file:
+        # Not to wait for a writer where somebody made it a FIFO.
+        with open(episode / "meta.json", "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
             raw = file.read(_META_LIMIT_BYTES + 1)
         commit: Any = msgspec.json.decode(raw)["code_version"]["commit"]
     except (OSError, ValueError, KeyError, TypeError, msgspec.MsgspecError):
