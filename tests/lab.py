@@ -45,10 +45,13 @@ def wait_until(true: Callable[[], Any], what: str, limit_s: float = GENEROUS_S) 
 # --- the spool ---------------------------------------------------------------------------------------------------
 
 
+Sections = Mapping[str, Mapping[str, Any]]
+
+
 class Lab:
     """A spool below ``directory`` and the settings to ship from it."""
 
-    def __init__(self, directory: Path, url: str, sections: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, directory: Path, url: str, sections: Sections) -> None:
         self.root = directory / "spool"
         self.episodes = self.root / "episodes"
         self.outbox = self.root / "outbox"
@@ -59,7 +62,7 @@ class Lab:
         self._sections = {name: dict(section) for name, section in sections.items()}
         self.episodes.mkdir(parents=True)
 
-    def values(self, sections: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
+    def values(self, sections: Sections | None = None) -> dict[str, dict[str, Any]]:
         """One worker with one thread, unless said otherwise."""
         values: dict[str, dict[str, Any]] = {
             "spool": {"root": str(self.root)},
@@ -72,16 +75,22 @@ class Lab:
                 values.setdefault(name, {}).update(section)
         return values
 
-    def settings(self, sections: Mapping[str, Mapping[str, Any]] | None = None) -> Settings:
+    def settings(self, sections: Sections | None = None) -> Settings:
         return Settings.load(profile="ci", values=self.values(sections))
 
-    def settings_file(self, sections: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
+    def settings_file(self, sections: Sections | None = None) -> Path:
         """(Over)write a fastship.toml with the same."""
         path = self.root.parent / "fastship.toml"
-        path.write_bytes(msgspec.toml.encode({"profile": "ci", **self.values(sections)}))
+        lines = ['profile = "ci"']
+        for name, section in self.values(sections).items():
+            lines += [
+                f"[{name}]",
+                *(f"{key} = {msgspec.json.encode(value).decode()}" for key, value in section.items()),
+            ]
+        path.write_text("\n".join(lines) + "\n")
         return path
 
-    def once(self, sections: Mapping[str, Mapping[str, Any]] | None = None) -> PassResult:
+    def once(self, sections: Sections | None = None) -> PassResult:
         return Shipper(self.settings(sections)).run_once()
 
     def episode(

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import zstandard
 from inotify_simple import INotify, flags
-from lab import COMMIT, STORE, Daemon, Destination, Lab, Reply, noise, telemetry, tree, wait_until
+from lab import COMMIT, STORE, Daemon, Destination, Lab, Reply, Sections, noise, telemetry, tree, wait_until
 from structlog.testing import capture_logs
 
 from fastship import PassResult, Shipper
@@ -155,7 +155,7 @@ def test_s06_retires_what_is_stored(lab: Lab, destination: Destination, status: 
 
 def artifact_of(lab: Lab) -> bytes:
     """What `ep1` is packed to; leaves the spool as it was."""
-    unreachable: dict[str, dict[str, object]] = {"destination": {"url": "http://127.0.0.1:9"}, "upload": {"retries": 0}}
+    unreachable: Sections = {"destination": {"url": "http://127.0.0.1:9"}, "upload": {"retries": 0}}
     assert counts(lab.once(unreachable)) == (1, 0, 1, 0, 0)
     data = lab.artifact().read_bytes()
     lab.artifact().unlink()
