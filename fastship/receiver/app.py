@@ -41,7 +41,7 @@ _log = logging.getLogger("fastship.receiver")
 
 IDLE_TIMEOUT_S = 60.0  # a body of which nothing comes for so long is given up; what came is kept
 _BUSY_WAIT_S = 20.0  # for an artifact that is being verified, before the client is asked to come again
-_SWEEP_INTERVAL_S = 3600.0
+_MEND_INTERVAL_S = 3600.0
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ROUTE = re.compile(r"/v1/(episodes|uploads|receipts)/([^/]*)")
 
@@ -70,7 +70,7 @@ class Receiver:
         self._io = ThreadPoolExecutor(16, "receiver-io")
         self._publishing = ThreadPoolExecutor(8, "receiver-publish")  # fsyncs of several share one commit
         self._open_bodies = 0
-        self._sweeping: asyncio.Task[None] | None = None
+        self._mending: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -85,20 +85,20 @@ class Receiver:
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
-        self._sweeping = asyncio.ensure_future(self._sweep())
+        self._mending = asyncio.ensure_future(self._mend())
         await send({"type": "lifespan.startup.complete"})
         await receive()
-        self._sweeping.cancel()
+        self._mending.cancel()
         self.close()
         await send({"type": "lifespan.shutdown.complete"})
 
-    async def _sweep(self) -> None:
+    async def _mend(self) -> None:
         while True:
             try:
-                await self._in(self._io, self._uploads.sweep)
+                await self._in(self._publishing, self._store.mend)
             except Exception:
-                _log.exception("sweeping %s failed", self._store.root)
-            await asyncio.sleep(_SWEEP_INTERVAL_S)
+                _log.exception("mending %s failed", self._store.root)
+            await asyncio.sleep(_MEND_INTERVAL_S)
 
     async def _serve(self, request: Request) -> None:
         try:

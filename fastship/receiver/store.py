@@ -6,9 +6,10 @@ is not finished; ``<root>/secret`` keys the upload tokens. Nothing is written ou
 What always holds: a name in ``episodes/`` is given by ``link(2)``, never replaced, and only to a file that was
 synced and verified. The artifact is the fact, the receipt follows from it, so the order is
     receipt synced as uploads/<id>.<inode>.receipt -> artifact linked, directory synced -> receipt renamed into place
-and a crash between any two of these loses nothing: whoever next asks for an artifact without a receipt finds the
-one that waits under the artifact's inode (a link keeps it) and renames it, or makes it again by reading the
-artifact. A receipt without its artifact says nothing and is removed before that id is published.
+and a crash between any two of these loses nothing: whoever next asks for an artifact without a receipt (`mend` asks
+for all, at each start) finds the one that waits under the artifact's inode (a link keeps it) and renames it, or
+makes it again by reading the artifact. A receipt without its artifact says nothing and is removed before that id
+is published.
 
 Blocks on the disk. Imported by ``app`` and ``ingest``.
 """
@@ -29,7 +30,7 @@ from typing import Literal
 import msgspec
 
 from fastship import durable
-from fastship.episode import ARTIFACT_SUFFIX, Receipt, ReceivedArtifact, ReceivedContent
+from fastship.episode import ARTIFACT_SUFFIX, Receipt, ReceivedArtifact, ReceivedContent, is_episode_id
 from fastship.errors import ArtifactError, ReceiverError
 from fastship.frames import verify_content
 from fastship.receiver import answers
@@ -90,6 +91,15 @@ class Store:
         if not self.artifact_path(episode).exists():
             return None
         return self._read_receipt(episode) or self._recover(episode)
+
+    def mend(self) -> None:
+        """Give every artifact its receipt and sweep what is too old or was left by a crash. May be repeated."""
+        names = {entry.name for entry in os.scandir(self._episodes)}
+        for name in names:
+            episode = name.removesuffix(ARTIFACT_SUFFIX)
+            if name.endswith(ARTIFACT_SUFFIX) and f"{episode}.receipt.json" not in names and is_episode_id(episode):
+                self.receipt(episode)
+        self.uploads.sweep()
 
     def room_bytes(self, token: str | None) -> int:
         """Free space less the reserve less what uploads other than ``token`` have yet to send; may be below 0."""
