@@ -11,6 +11,7 @@ The top layer: only ``fastship.__main__`` and the console script import it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import tempfile
@@ -106,7 +107,7 @@ def _run(arguments: Sequence[str] | None, invocation: Invocation) -> int:
     except (KeyboardInterrupt, click.Abort):
         _tell("interrupted")
         return _EXIT_INTERRUPTED
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # without standalone_mode, click exits itself for a closed pipe only
         return _EXIT_PIPE_CLOSED
     except FastshipError as error:
         _tell(error.message, error.remedy)
@@ -133,6 +134,9 @@ def _tell_unexpected(error: Exception, invocation: Invocation) -> None:
     if invocation.debug:
         traceback.print_exc()
         _tell(what)
+        return
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        _tell(what, "free space where it writes to")
         return
     try:
         with tempfile.NamedTemporaryFile("w", prefix="fastship-traceback-", suffix=".txt", delete=False) as file:

@@ -142,6 +142,10 @@ def extract(invocation: Invocation, file: Path, members: tuple[str, ...], target
     from fastship.pack import extract as extract_members
 
     started = time.monotonic()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{target}: {error.strerror}", remedy="-C takes a directory that you may write") from None
     with ArtifactReader.open(_existing_file(file)) as reader:
         total = 0 if members else reader.content_bytes or 0
         with _byte_progress(file.name, total, quiet=invocation.quiet) as progress:

@@ -139,7 +139,7 @@ def status(invocation: Invocation, source: SettingsSource, as_json: bool) -> Non
     if not spool.paths.episodes.is_dir():
         raise UsageError(f"{root} is not a spool yet", remedy=f"fastship init {root}")
     snapshot = status_file.read(spool.paths.state)
-    running = snapshot is not None and _is_alive(snapshot.pid)
+    running = snapshot is not None and _is_locked(spool.paths.lock)
     if running and snapshot is not None:
         ready, recording, held = snapshot.ready, snapshot.recording, snapshot.held
     else:
@@ -192,14 +192,15 @@ def _write_snapshot(snapshot: status_file.Snapshot, *, running: bool) -> None:
         write_table(["RECENT", "OUTCOME", "RAW", "ARTIFACT", "ERROR"], rows, right=frozenset({2, 3}))
 
 
-def _is_alive(pid: int) -> bool:
+def _is_locked(lock: Path) -> bool:
+    """Whether some process holds the spool lock, as ``/proc/locks`` says: trying it would hinder a starting daemon."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
+        mark = f":{lock.stat().st_ino}"
+        with open("/proc/locks", encoding="ascii") as table:
+            held = (line.split() for line in table)
+            return any("FLOCK" in fields and any(field.endswith(mark) for field in fields) for fields in held)
     except OSError:
-        return True  # somebody else's
-    return True
+        return False
 
 
 def _hush(loaded: LoadedSettings, hushed: bool) -> Settings:

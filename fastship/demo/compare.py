@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 _CHUNK_BYTES = 1 << 20
@@ -34,9 +34,13 @@ class Tree:
         self.sockets = 0  # which no tar holds, and which are not compared
 
 
-def differences(recorded: Path, restored: Path, tree: Tree | None = None) -> Iterator[str]:
+def differences(
+    recorded: Path, restored: Path, tree: Tree | None = None, *, archived_modes: Mapping[bytes, int] | None = None
+) -> Iterator[str]:
     """Every difference as a sentence, depth first by name; none when the trees are the same.
 
+    ``archived_modes``: the mode of each member by its path below the top, as the archive has it. Extraction leaves
+    out setuid, setgid and sticky on purpose; with these, the archive is asked for the three bits instead.
     Blocks on the disk. Raises ``OSError`` where something cannot be read.
     """
     tree = tree if tree is not None else Tree()
@@ -52,6 +56,11 @@ def differences(recorded: Path, restored: Path, tree: Tree | None = None) -> Ite
             yield f"{name} is missing where it was {'recorded' if error.filename == left else 'restored'}"
             continue
         yield from _compare_entry(name, left, here, right, there)
+        mode = stat.S_IMODE(there.st_mode)
+        if archived_modes is not None:
+            mode = mode & 0o777 | archived_modes.get(inside, 0) & 0o7000
+        if mode != stat.S_IMODE(here.st_mode) and not stat.S_ISLNK(here.st_mode):
+            yield f"{name} had mode {stat.S_IMODE(here.st_mode):o} and has {mode:o}"
         if stat.S_ISREG(here.st_mode):
             tree.files += 1
             tree.bytes += here.st_size
@@ -82,8 +91,6 @@ def _compare_entry(name: str, left: bytes, here: os.stat_result, right: bytes, t
         if os.readlink(left) != os.readlink(right):
             yield f"{name} points elsewhere"
         return
-    if stat.S_IMODE(here.st_mode) != stat.S_IMODE(there.st_mode):
-        yield f"{name} had mode {stat.S_IMODE(here.st_mode):o} and has {stat.S_IMODE(there.st_mode):o}"
     if here.st_mtime_ns // 1_000_000_000 != there.st_mtime_ns // 1_000_000_000:
         yield f"{name} has another time"
     if kind in (stat.S_IFCHR, stat.S_IFBLK) and here.st_rdev != there.st_rdev:
