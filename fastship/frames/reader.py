@@ -149,6 +149,8 @@ class ArtifactReader:
                 size = table.content_size(number)
                 start, end = table.compressed_offsets[number : number + 2]
                 if number == self._cached[0]:
+                    while pending:
+                        yield pending.popleft()[1].result()
                     yield self._cached[1]
                 elif not size:
                     self._check_skippable(start, end)

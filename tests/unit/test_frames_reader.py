@@ -99,6 +99,15 @@ def test_a_part_decompresses_only_its_frames() -> None:
     assert asked[0][1] <= FRAME
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_what_is_remembered_of_a_part_comes_in_its_place(threads: int) -> None:
+    artifact_reader = over(ARTIFACT)
+    for number in range(len(CONTENT) // FRAME + 1):
+        part = artifact_reader.read(number * FRAME, FRAME + 100)
+        assert part == CONTENT[number * FRAME : (number + 1) * FRAME + 100]
+        assert b"".join(artifact_reader.stream(threads)) == CONTENT
+
+
 def test_stock_zstd_reads_it() -> None:
     done = subprocess.run(["zstd", "-d", "-c"], input=ARTIFACT, capture_output=True, check=True)
     assert done.stdout == CONTENT
