@@ -55,6 +55,9 @@ def differences(
         except FileNotFoundError as error:
             yield f"{name} is missing where it was {'recorded' if error.filename == left else 'restored'}"
             continue
+        if stat.S_IFMT(here.st_mode) != stat.S_IFMT(there.st_mode):
+            yield f"{name} was a {_kind(here)} and became a {_kind(there)}"
+            continue
         yield from _compare_entry(name, left, here, right, there)
         mode = stat.S_IMODE(there.st_mode)
         if archived_modes is not None:
@@ -64,7 +67,7 @@ def differences(
         if stat.S_ISREG(here.st_mode):
             tree.files += 1
             tree.bytes += here.st_size
-        if stat.S_ISDIR(here.st_mode) and stat.S_ISDIR(there.st_mode):
+        if stat.S_ISDIR(here.st_mode):
             names, sockets = _names(left)
             tree.sockets += sockets
             both = sorted(names | _names(right)[0], reverse=True)
@@ -82,11 +85,12 @@ def _names(directory: bytes) -> tuple[set[bytes], int]:
     return names, sockets
 
 
+def _kind(status: os.stat_result) -> str:
+    return _KINDS.get(stat.S_IFMT(status.st_mode), "thing of an unknown kind")
+
+
 def _compare_entry(name: str, left: bytes, here: os.stat_result, right: bytes, there: os.stat_result) -> Iterator[str]:
     kind = stat.S_IFMT(here.st_mode)
-    if kind != stat.S_IFMT(there.st_mode):
-        yield f"{name} was a {_KINDS.get(kind)} and became a {_KINDS.get(stat.S_IFMT(there.st_mode))}"
-        return
     if kind == stat.S_IFLNK:
         if os.readlink(left) != os.readlink(right):
             yield f"{name} points elsewhere"
