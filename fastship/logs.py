@@ -1,7 +1,8 @@
 """Where log lines go: standard error, as text for people or JSON lines for collectors.
 
-What always holds: nothing is logged to standard output; a line is written whole, also while a live display
-owns the terminal (rich swaps ``sys.stderr`` meanwhile, so it is looked up at each line).
+What always holds: nothing is logged to standard output; a traceback in a log shows no local variables, which may
+hold a token; a line is written whole, also while a live display owns the terminal (rich swaps ``sys.stderr``
+meanwhile, so it is looked up at each line).
 
 Imports ``settings``; whoever starts a process of fastship (``cli``, the worker's and the receiver's start) calls
 `configure` once; everyone else just uses ``structlog.get_logger()``.
@@ -39,7 +40,8 @@ def configure(log: LogSettings) -> None:
     text = log.format == "text" or (log.format == "auto" and sys.stderr.isatty())
     renderer: structlog.typing.Processor
     if text:
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        plain = structlog.dev.plain_traceback  # structlog's own choice, rich's, prints every local variable
+        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)
     else:
         renderer = structlog.processors.JSONRenderer()
     shared: list[structlog.typing.Processor] = [
@@ -48,7 +50,7 @@ def configure(log: LogSettings) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=not text),
     ]
     if not text:
-        shared.append(structlog.processors.dict_tracebacks)
+        shared.append(structlog.processors.format_exc_info)  # as text: dict_tracebacks has every local variable
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),

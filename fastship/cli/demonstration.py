@@ -52,7 +52,7 @@ def demo(
     from fastship.demo import Ended, run_demo
     from fastship.settings import LogSettings
 
-    logs.configure(LogSettings(level="error"))
+    logs.configure(LogSettings(level="error", format="text"))
 
     def say(line: str) -> None:
         if not invocation.quiet:

@@ -1,0 +1,53 @@
+"""Logs: standard error only, in the form and from the level that the settings say, without local variables."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Literal
+
+import pytest
+import structlog
+
+from fastship import logs
+from fastship.settings import LogSettings
+
+
+def speak() -> None:
+    token = "geheim"  # a local variable of the frame that fails
+    log = structlog.get_logger("fastship.test")
+    log.debug("too-small")
+    log.info("hello", episode="ep1")
+    logging.getLogger("fastship.receiver").info("by logging")
+    logging.getLogger("some.library").info("chatter")
+    logging.getLogger("some.library").warning("of note")
+    try:
+        raise ValueError(f"length {len(token)}")
+    except ValueError:
+        log.exception("went-wrong")
+        logging.getLogger("fastship.receiver").exception("went wrong too")
+
+
+@pytest.mark.parametrize("form", ["text", "json", "auto"])
+def test_what_is_said_goes_to_standard_error(
+    capsys: pytest.CaptureFixture[str], form: Literal["text", "json", "auto"]
+) -> None:
+    logs.configure(LogSettings(level="info", format=form))
+    speak()
+    out, err = capsys.readouterr()
+    assert out == ""
+    for part in ("hello", "ep1", "by logging", "of note", "went-wrong", "went wrong too", "ValueError: length 6"):
+        assert part in err
+    for part in ("too-small", "chatter", "geheim"):
+        assert part not in err
+    if form != "text":  # "auto" off a terminal is JSON lines
+        documents = [json.loads(line) for line in err.splitlines()]
+        assert documents[0]["event"] == "hello"
+        assert {one["level"] for one in documents} == {"info", "warning", "error"}
+
+
+def test_the_level_hushes_what_is_below_it(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(LogSettings(level="error", format="json"))
+    speak()
+    events = [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()]
+    assert events == ["went-wrong", "went wrong too"]
