@@ -25,7 +25,7 @@ from pathlib import Path
 
 import structlog
 
-from fastship import ipc
+from fastship import ipc, logs
 from fastship.episode import Manifest, Outcome, Verdict
 from fastship.errors import FastshipError, OutboxFull, PackError
 from fastship.frames import FramePool
@@ -221,6 +221,7 @@ def main(fd: int) -> int:
         welcome = channel.receive(timeout_s=30.0)
         if not isinstance(welcome, ipc.Welcome):
             return BOOT_FAILED
+        logs.configure(welcome.settings.log)
         try:
             worker = Worker(channel, welcome)
         except Exception as error:

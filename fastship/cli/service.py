@@ -58,7 +58,7 @@ def run(invocation: Invocation, source: SettingsSource) -> None:
             observer=display if live else None,
             reload=lambda: _hush(source.load(need=_TO_SHIP), live or invocation.quiet),
         )
-        shipper.run_forever(heartbeat=lambda: status_file.notify("WATCHDOG=1"))
+        shipper.run_forever()
 
 
 @click.command(short_help="Ship what is ready, then end.")
