@@ -37,6 +37,7 @@ log = structlog.get_logger(__name__)
 
 STOP_LOOK_S = 0.5  # the stop flag is looked at as often as this
 LOCK_WAIT_S = 5.0  # the workers of a supervisor that was killed need a moment to notice
+RETIRE_SPACING = 4.0  # times what the last group commit took: a fifth of the time goes into them at most
 REPORT_S = 1.0
 OBSERVE_S = 0.25
 
@@ -71,7 +72,7 @@ class Supervisor:
         self._deciding = False
         self._stopping = False
         self._hiring = False
-        self._next_report = self._next_observe = 0.0
+        self._next_report = self._next_observe = self._retire_at = 0.0
         self._patrol = Patrol(
             settings, self._spool, self._book, self._selector, feed=self._feed, settle=self._flush_retirements
         )
@@ -119,7 +120,8 @@ class Supervisor:
                 if not self._once and self._drain_until is None:
                     self._patrol.turn(self._heartbeat)
                 self._feed(ev.Tick())
-                self._flush_retirements()
+                if time.monotonic() >= self._retire_at:
+                    self._flush_retirements()
                 self._report()
             except FastshipError:
                 raise
@@ -166,6 +168,8 @@ class Supervisor:
             times.append(max(now, self._patrol.next_due()))
         if self._observer is not None:
             times.append(max(now, self._next_observe))
+        if self._retirements:
+            times.append(max(now, self._retire_at))
         wake = next_wake(self._book)
         if wake is not None and wake > now:
             times.append(wake)
@@ -279,10 +283,15 @@ class Supervisor:
         self._tally.held(self._book, command.episode, command.error)
 
     def _flush_retirements(self) -> None:
-        """The group commit: all episodes proven since the last turn of the loop are retired together."""
+        """The group commit: all episodes proven since the last one are retired together.
+
+        The first at once; under load commits are spaced by what they cost, so that batches grow with the disk's
+        slowness and the supervisor stays with its workers for most of the time.
+        """
         batch, self._retirements = self._retirements, []
         if not batch:
             return
+        began = time.monotonic()
         try:
             failed = self._spool.retire([(one.episode, one.receipt, one.manifest) for one in batch])
         except OSError as error:  # no receipt could be made durable, so none was moved
@@ -294,6 +303,8 @@ class Supervisor:
                 self._tally.retire_failed()
             else:
                 self._tally.retired(one.manifest)
+        now = time.monotonic()
+        self._retire_at = now + RETIRE_SPACING * (now - began)
 
     # --- drain, stop, reload ---------------------------------------------------------------------------------
 
