@@ -31,6 +31,7 @@ from fastship.spool.outbox import Outbox
 REASON_FILE = "quarantine_reason.json"
 _CONDEMNED_PREFIX = ".condemned-"
 _REMOVING_PREFIX = ".removing-"
+_ENTRY_NAME_BYTES = 200  # as long as an id can be
 _LATER = "~"  # shipped/<id>~1: no id holds one, so what follows it is ours
 
 
@@ -216,7 +217,7 @@ class Spool:
         any point: the directory is found in the one place or in the other, never in both.
         """
         directory = self.paths.episodes / name
-        target = _free(self.paths.quarantine, name)
+        target = _free(self.paths.quarantine, _entry_name(name))
         reason = QuarantineReason(
             status_code=status_code,
             error=error,
@@ -236,7 +237,7 @@ class Spool:
             if entry.name.startswith(_CONDEMNED_PREFIX):
                 try:
                     condemned = msgspec.json.decode(Path(entry.path).read_bytes(), type=_Condemned)
-                except msgspec.MsgspecError:
+                except (msgspec.MsgspecError, IsADirectoryError):  # not one that we wrote
                     continue
                 self._finish_quarantine(Path(entry.path), condemned)
             elif entry.name.startswith(_REMOVING_PREFIX):
@@ -308,7 +309,8 @@ class Spool:
 
     def _quarantine_path(self, name: str) -> Path:
         path = self.paths.quarantine / name
-        if name != Path(name).name or name.startswith(".") or not path.is_dir():
+        # An empty name would be quarantine/ itself.
+        if not name or name != Path(name).name or name.startswith(".") or not path.is_dir() or path.is_symlink():
             raise UsageError(f"{name} is not in quarantine", remedy="see: fastship quarantine list")
         return path
 
@@ -325,11 +327,12 @@ class Spool:
         return removed
 
     def _remove_entry(self, path: Path) -> None:
-        # Renamed first: an interrupted removal is recognised and finished, and never looks like an entry.
-        doomed = path.with_name(f"{_REMOVING_PREFIX}{path.name}")
+        # A reason beside it goes first, else nobody would remove it after an interruption. Then it is renamed: an
+        # interrupted removal is recognised and finished, and never looks like an entry.
+        durable.unlink_if_present(path.with_name(f"{path.name}.{REASON_FILE}"))
+        doomed = _free(self.paths.quarantine, f"{_REMOVING_PREFIX}{path.name}")  # one that would not go may be there
         os.rename(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
-        durable.unlink_if_present(path.with_name(f"{path.name}.{REASON_FILE}"))
 
     # --- holds -----------------------------------------------------------------------------------------------
 
@@ -423,6 +426,13 @@ def _free(directory: Path, name: str) -> Path:
         number += 1
         target = directory / f"{name}{_LATER}{number}"
     return target
+
+
+def _entry_name(name: str) -> str:
+    """Under what name an episode stands in ``quarantine/``: its own, but for one that cannot be an id and would be
+    taken for a file of ours there (a leading dot), or has no room for what we put around it (255 bytes is the limit).
+    """
+    return os.fsdecode(os.fsencode(f"_{name}" if name.startswith(".") else name)[:_ENTRY_NAME_BYTES])
 
 
 def _check_id(episode: str) -> None:

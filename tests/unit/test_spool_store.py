@@ -1,0 +1,449 @@
+"""The spool's moves, uninterrupted (tests/crash/test_spool_moves.py interrupts them)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+from sample import MTIME_NS, files_below, hold_record, make_episode, manifest_of, put_artifact, receipt_of
+
+from fastship.episode import MARKER
+from fastship.errors import UsageError
+from fastship.lifecycle import State, infer
+from fastship.spool import Spool
+from fastship.spool.store import REASON_FILE
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Spool:
+    made = Spool(tmp_path / "spool")
+    made.create()
+    return made
+
+
+def condemn(spool: Spool, name: str, *, error: str = "no") -> Path:
+    return spool.quarantine(name, status_code=422, error=error, body='{"why": "x"}')
+
+
+# --- looking -----------------------------------------------------------------------------------------------------
+
+
+def test_a_look_tells_ready_held_impossible_and_recording_apart(spool: Spool) -> None:
+    for name in ("b", "a", "c.1", "held", "bad name"):
+        make_episode(spool.paths.episodes, name)
+    make_episode(spool.paths.episodes, "unfinished", marker=False)
+    spool.hold(hold_record("held"))
+    look = spool.look()
+    assert look.ready == [("a", "a"), ("b", "b"), ("c.1", "c.1")]
+    assert look.held == ["held"]
+    assert look.impossible == ["bad name"]
+    assert look.recording == ["unfinished"]
+
+
+def test_only_real_directories_are_episodes(spool: Spool, tmp_path: Path) -> None:
+    outside = make_episode(tmp_path, "outside")
+    (spool.paths.episodes / "link").symlink_to(outside)
+    (spool.paths.episodes / "dangling").symlink_to(tmp_path / "nothing")
+    (spool.paths.episodes / "file").write_bytes(b"x")
+    os.mkfifo(spool.paths.episodes / "fifo")
+    look = spool.look()
+    assert (look.ready, look.held, look.impossible, look.recording) == ([], [], [], [])
+    assert spool.facts("link").directory is False
+
+
+def test_a_dangling_marker_is_none(spool: Spool) -> None:
+    path = make_episode(spool.paths.episodes, "ep", marker=False)
+    (path / MARKER).symlink_to("nothing")
+    assert spool.look().recording == ["ep"]
+    assert infer(spool.facts("ep")) is State.RECORDING
+
+
+ODD_NAMES = [
+    "new\nline",
+    os.fsdecode(b"undecodable-\xff\xfe"),
+    "x" * 255,
+    "é" * 127,  # 254 bytes of UTF-8: cutting it by bytes may cut a character
+    ".hidden",
+    ".tmp-looks-like-ours",
+    ".condemned-looks-like-ours",
+    ".removing-looks-like-ours",
+    "-dash",
+    "tilde~1",
+    "%2e%2e",
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES, ids=range(len(ODD_NAMES)))
+def test_a_name_that_cannot_be_an_id_is_quarantined_whole_and_for_good(spool: Spool, name: str) -> None:
+    before = files_below(make_episode(spool.paths.episodes, name))
+    assert spool.look().impossible == [name]
+    target = condemn(spool, name)
+    assert spool.look().impossible == []
+    for _ in range(2):  # what a start does leaves it alone
+        again = Spool(spool.paths.root)
+        again.remove_temporaries()
+        again.finish_quarantines()
+        assert again.sweep() == []
+        assert again.clean_quarantine(1.0) == []
+        after = files_below(target)
+        assert after.pop(REASON_FILE)
+        assert after == before
+    (entry,) = spool.quarantined()
+    assert entry.name == target.name
+    assert entry.reason is not None
+    assert entry.reason.status_code == 422
+    # ... and it can be got back under a good name, or removed, like any other.
+    assert spool.retry(entry.name, new_id="good") == "good"
+    assert files_below(spool.paths.episodes / "good") == before
+    second = make_episode(spool.paths.episodes, name)
+    condemn(spool, second.name)
+    os.utime(spool.paths.quarantine / target.name, (1, 1))
+    assert spool.clean_quarantine(1.0) == [target.name]
+    assert os.listdir(spool.paths.quarantine) == []
+
+
+def test_names_that_are_cut_alike_do_not_meet(spool: Spool) -> None:
+    names = ["x" * 250 + "1", "x" * 250 + "2"]
+    for name in names:
+        make_episode(spool.paths.episodes, name)
+    targets = [condemn(spool, name) for name in names]
+    assert targets[0] != targets[1]
+    assert [(path / "data.bin").read_bytes() for path in targets] == [os.fsencode(name) * 50 for name in names]
+
+
+@pytest.mark.parametrize(("order", "expected"), [("name", "abc"), ("oldest", "cab"), ("newest", "bac")])
+def test_order(spool: Spool, order: str, expected: str) -> None:
+    for name, age_s in (("a", 20), ("b", 10), ("c", 30)):
+        path = make_episode(spool.paths.episodes, name)
+        os.utime(path / MARKER, (1_700_000_000 - age_s,) * 2)
+    look = Spool(spool.paths.root, order=order).look()
+    assert "".join(episode for _, episode in look.ready) == expected
+
+
+def test_a_look_through_ten_thousand(spool: Spool) -> None:
+    for number in range(10_000):
+        path = spool.paths.episodes / f"ep-{number:05d}"
+        path.mkdir()
+        if number % 2:
+            (path / MARKER).touch()
+    look = spool.look()
+    assert [episode for _, episode in look.ready] == [f"ep-{number:05d}" for number in range(1, 10_000, 2)]
+    assert len(look.recording) == 5_000
+    shutil.rmtree(spool.paths.episodes)
+
+
+def test_facts_lead_to_the_state(spool: Spool) -> None:
+    assert infer(spool.facts("ep")) is State.GONE
+    path = make_episode(spool.paths.episodes, "ep", marker=False)
+    assert infer(spool.facts("ep")) is State.RECORDING
+    (path / MARKER).touch()
+    assert infer(spool.facts("ep")) is State.READY
+    manifest = put_artifact(spool, "ep")
+    assert infer(spool.facts("ep")) is State.PACKED
+    spool.hold(hold_record("ep"))
+    assert infer(spool.facts("ep")) is State.HELD
+    assert spool.release("ep") is True
+    assert spool.release("ep") is False
+    spool.retire([("ep", receipt_of(manifest), manifest)])
+    assert infer(spool.facts("ep")) is State.RETIRED
+    put_artifact(spool, "ep")
+    assert infer(spool.facts("ep")) is State.STALE
+    assert spool.sweep() == ["ep"]
+    make_episode(spool.paths.episodes, "other")
+    condemn(spool, "other")
+    assert infer(spool.facts("other")) is State.QUARANTINED
+
+
+# --- retiring ----------------------------------------------------------------------------------------------------
+
+
+def test_retiring_moves_the_episode_and_removes_the_artifact(spool: Spool) -> None:
+    before = {name: files_below(make_episode(spool.paths.episodes, name)) for name in ("a", "b")}
+    manifests = [put_artifact(spool, name) for name in before]
+    assert spool.retire([(one.episode, receipt_of(one), one) for one in manifests]) == {}
+    assert {name: files_below(spool.paths.shipped / name) for name in before} == before
+    assert os.listdir(spool.paths.episodes) == os.listdir(spool.paths.outbox) == []
+    journal = list(spool.receipts())
+    assert [msgspec.convert(line["receipt"], type=dict[str, object])["episode"] for line in journal] == ["a", "b"]
+    assert {line["fingerprint"] for line in journal} == {"f00d"}
+
+
+def test_nothing_to_retire_writes_nothing(spool: Spool) -> None:
+    assert spool.retire([]) == {}
+    assert os.listdir(spool.paths.receipts) == []
+
+
+def test_an_older_episode_of_the_same_id_stays(spool: Spool) -> None:
+    manifest = manifest_of("ep")
+    for content in (b"first", b"second", b"third"):
+        make_episode(spool.paths.episodes, "ep", content=content)
+        assert spool.retire([("ep", receipt_of(manifest), manifest)]) == {}
+    found = {path.name: (path / "data.bin").read_bytes() for path in spool.paths.shipped.iterdir()}
+    assert found == {"ep": b"first", "ep~1": b"second", "ep~2": b"third"}
+
+
+def test_a_file_in_the_way_in_shipped_is_not_touched(spool: Spool) -> None:
+    (spool.paths.shipped / "ep").write_bytes(b"somebody's")
+    (spool.paths.shipped / "ep~1").symlink_to("nothing")
+    manifest = manifest_of("ep")
+    make_episode(spool.paths.episodes, "ep")
+    assert spool.retire([("ep", receipt_of(manifest), manifest)]) == {}
+    assert (spool.paths.shipped / "ep").read_bytes() == b"somebody's"
+    assert (spool.paths.shipped / "ep~2" / MARKER).exists()
+
+
+def test_what_cannot_be_moved_is_told_and_does_not_keep_the_others(spool: Spool) -> None:
+    make_episode(spool.paths.episodes, "here")
+    manifests = [put_artifact(spool, name) for name in ("vanished", "here")]
+    failed = spool.retire([(one.episode, receipt_of(one), one) for one in manifests])
+    assert list(failed) == ["vanished"]
+    assert isinstance(failed["vanished"], FileNotFoundError)
+    assert os.listdir(spool.paths.shipped) == ["here"]
+    assert spool.outbox.episodes() == {"vanished"}  # kept: the sweep knows better
+    assert spool.sweep() == ["vanished"]
+
+
+def test_a_torn_journal_line_spoils_only_itself(spool: Spool) -> None:
+    manifest = manifest_of("ep")
+    journal = spool.paths.receipts / "2020-01-01.jsonl"
+    journal.write_bytes(b'{"retired_at":"1"}\n{"retired_at":"2')
+    make_episode(spool.paths.episodes, "ep")
+    spool.retire([("ep", receipt_of(manifest), manifest)])
+    assert next(line["retired_at"] for line in spool.receipts()) == "1"
+    assert len(list(spool.receipts())) == 2
+    (today,) = [path for path in spool.paths.receipts.iterdir() if path != journal]
+    with open(today, "ab") as file:
+        file.write(b'{"retired_at":')
+    make_episode(spool.paths.episodes, "ep")
+    spool.retire([("ep", receipt_of(manifest), manifest)])
+    assert len(list(spool.receipts())) == 3
+
+
+# --- quarantine --------------------------------------------------------------------------------------------------
+
+
+def test_quarantine_keeps_the_data_and_says_why(spool: Spool) -> None:
+    before = files_below(make_episode(spool.paths.episodes, "ep"))
+    put_artifact(spool, "ep")
+    target = condemn(spool, "ep", error="not this")
+    assert target == spool.paths.quarantine / "ep"
+    after = files_below(target)
+    reason = msgspec.json.decode(after.pop(REASON_FILE))
+    assert after == before
+    assert {"status_code", "error", "body", "quarantined_at_wall"} <= set(reason)
+    assert (reason["status_code"], reason["error"], reason["body"]) == (422, "not this", '{"why": "x"}')
+    time.strptime(reason["quarantined_at_wall"], "%Y-%m-%dT%H:%M:%SZ")
+    assert os.listdir(spool.paths.outbox) == []
+    assert os.listdir(spool.paths.quarantine) == ["ep"]
+
+
+def test_quarantine_beside_an_older_one(spool: Spool) -> None:
+    for content in (b"first", b"second"):
+        make_episode(spool.paths.episodes, "ep", content=content)
+        condemn(spool, "ep", error=content.decode())
+    entries = spool.quarantined()
+    assert [(entry.episode, entry.name) for entry in entries] == [("ep", "ep"), ("ep", "ep~1")]
+    assert [entry.reason.error for entry in entries if entry.reason] == ["first", "second"]
+    assert (spool.paths.quarantine / "ep" / "data.bin").read_bytes() == b"first"
+
+
+def test_an_entry_without_a_readable_reason_is_listed(spool: Spool) -> None:
+    path = make_episode(spool.paths.quarantine, "old")
+    (spool.paths.quarantine / "stray-file").touch()
+    assert [(entry.name, entry.reason) for entry in spool.quarantined()] == [("old", None)]
+    (path / REASON_FILE).write_bytes(b"{")
+    assert [(entry.name, entry.reason) for entry in spool.quarantined()] == [("old", None)]
+
+
+def test_the_original_tools_reason_is_read(spool: Spool) -> None:
+    path = make_episode(spool.paths.quarantine, "old")
+    (path / REASON_FILE).write_bytes(
+        b'{"status_code": 412, "error": "e", "body": "b", "quarantined_at_wall": "2020-01-01T00:00:00Z"}'
+    )
+    (entry,) = spool.quarantined()
+    assert entry.reason is not None
+    assert entry.reason.status_code == 412
+
+
+def test_retry_puts_it_back_as_it_was(spool: Spool) -> None:
+    before = files_below(make_episode(spool.paths.episodes, "ep"))
+    condemn(spool, "ep")
+    assert (spool.paths.quarantine / "ep").stat().st_mtime_ns != MTIME_NS
+    assert spool.retry("ep") == "ep"
+    assert files_below(spool.paths.episodes / "ep") == before
+    assert (spool.paths.episodes / "ep").stat().st_mtime_ns == MTIME_NS
+    assert os.listdir(spool.paths.quarantine) == []
+    assert spool.look().ready == [("ep", "ep")]
+
+
+def test_retry_of_a_later_one_takes_the_id_back(spool: Spool) -> None:
+    for content in (b"first", b"second"):
+        make_episode(spool.paths.episodes, "ep", content=content)
+        condemn(spool, "ep")
+    assert spool.retry("ep~1") == "ep"
+    with pytest.raises(UsageError, match="is there already") as refused:
+        spool.retry("ep")
+    assert "--as" in refused.value.remedy
+    assert spool.retry("ep", new_id="ep-first") == "ep-first"
+    assert (spool.paths.episodes / "ep-first" / "data.bin").read_bytes() == b"first"
+
+
+NOT_ENTRIES = ["", ".", "..", "nothing", "a/b", "../episodes/ep", "ep/", ".condemned-x", "ep\0", "link", "file"]
+
+
+@pytest.mark.parametrize("name", NOT_ENTRIES)
+def test_what_is_no_entry_is_refused_and_nothing_is_touched(spool: Spool, name: str) -> None:
+    """An empty name above all: it would be quarantine/ itself."""
+    make_episode(spool.paths.episodes, "ep")
+    make_episode(spool.paths.quarantine, "kept")
+    (spool.paths.quarantine / "link").symlink_to(spool.paths.episodes / "ep")
+    (spool.paths.quarantine / "file").touch()
+    before = files_below(spool.paths.root)
+    for word in (spool.drop_quarantined, spool.retry):
+        with pytest.raises(UsageError) as refused:
+            word(name)
+        assert refused.value.remedy
+    assert files_below(spool.paths.root) == before
+    assert spool.paths.quarantine.is_dir()
+
+
+@pytest.mark.parametrize("new_id", ["", "../up", "a b", ".x"])
+def test_retry_under_an_impossible_id_is_refused(spool: Spool, new_id: str) -> None:
+    make_episode(spool.paths.quarantine, "kept")
+    if new_id:
+        with pytest.raises(UsageError, match="cannot be an episode's id"):
+            spool.retry("kept", new_id=new_id)
+        assert (spool.paths.quarantine / "kept").is_dir()
+    else:  # none given
+        assert spool.retry("kept", new_id=new_id) == "kept"
+
+
+def test_dropping_is_for_good(spool: Spool) -> None:
+    make_episode(spool.paths.episodes, "ep")
+    condemn(spool, "ep")
+    spool.drop_quarantined("ep")
+    assert os.listdir(spool.paths.quarantine) == []
+
+
+def test_cleaning_goes_by_age(spool: Spool) -> None:
+    now = time.time()
+    for name, days in (("new", 0.5), ("old", 3.0), ("older", 30.0)):
+        os.utime(make_episode(spool.paths.quarantine, name), (now - days * 86400,) * 2)
+    assert spool.clean_quarantine(0) == spool.clean_quarantine(-1) == []
+    assert spool.clean_quarantine(10) == ["older"]
+    assert spool.clean_quarantine(1) == ["old"]
+    assert os.listdir(spool.paths.quarantine) == ["new"]
+
+
+def test_cleaning_goes_on_where_an_earlier_removal_could_not_end(spool: Spool) -> None:
+    """What is left of one that would not go does not keep the next of its name from going."""
+    stuck = make_episode(spool.paths.quarantine, ".removing-ep")
+    os.utime(make_episode(spool.paths.quarantine, "ep"), (1, 1))
+    assert spool.clean_quarantine(1) == ["ep"]
+    assert os.listdir(spool.paths.quarantine) == [stuck.name]
+    spool.finish_quarantines()
+    assert os.listdir(spool.paths.quarantine) == []
+
+
+# --- holds -------------------------------------------------------------------------------------------------------
+
+
+def test_a_hold_leaves_everything_in_place(spool: Spool) -> None:
+    make_episode(spool.paths.episodes, "ep")
+    put_artifact(spool, "ep")
+    before = files_below(spool.paths.root)
+    spool.hold(hold_record("ep"))
+    after = files_below(spool.paths.root)
+    assert after.pop("holds/ep.json")
+    assert after == before
+    assert spool.holds() == [hold_record("ep")]
+    assert spool.sweep() == []
+
+
+def test_a_hold_that_cannot_be_read_holds(spool: Spool) -> None:
+    make_episode(spool.paths.episodes, "ep")
+    (spool.paths.holds / "ep.json").write_bytes(b'{"episode": ')
+    look = spool.look()
+    assert (look.ready, look.held) == ([], ["ep"])
+    (record,) = spool.holds()
+    assert (record.episode, record.reason, record.fingerprint) == ("ep", "unreadable", "")
+    assert spool.keep_local("ep") == "ep"
+    assert spool.look().ready == [("ep", "ep")]
+
+
+def test_keep_local_offers_it_again_with_its_artifact(spool: Spool) -> None:
+    make_episode(spool.paths.episodes, "ep")
+    manifest = put_artifact(spool, "ep")
+    spool.hold(hold_record("ep"))
+    assert spool.keep_local("ep") == "ep"
+    assert spool.look().ready == [("ep", "ep")]
+    assert spool.outbox.peek("ep") == manifest
+
+
+def test_keep_local_under_another_id(spool: Spool) -> None:
+    before = files_below(make_episode(spool.paths.episodes, "ep"))
+    make_episode(spool.paths.episodes, "taken")
+    put_artifact(spool, "ep")
+    spool.hold(hold_record("ep"))
+    for new_id in ("taken", "ep", "bad id"):
+        with pytest.raises(UsageError):
+            spool.keep_local("ep", new_id=new_id)
+    assert spool.look().held == ["ep"]
+    assert spool.keep_local("ep", new_id="ep-local") == "ep-local"
+    assert files_below(spool.paths.episodes / "ep-local") == before
+    assert [episode for _, episode in spool.look().ready] == ["ep-local", "taken"]
+    assert os.listdir(spool.paths.outbox) == os.listdir(spool.paths.holds) == []
+
+
+def test_drop_local_keeps_the_data_in_quarantine(spool: Spool) -> None:
+    before = files_below(make_episode(spool.paths.episodes, "ep"))
+    put_artifact(spool, "ep")
+    spool.hold(hold_record("ep"))
+    target = spool.drop_local("ep")
+    after = files_below(target)
+    assert msgspec.json.decode(after.pop(REASON_FILE))["error"] == "dropped by an operator: another content"
+    assert after == before
+    assert os.listdir(spool.paths.outbox) == os.listdir(spool.paths.holds) == []
+
+
+@pytest.mark.parametrize("name", ["ep", "nothing", "", "../ep"])
+def test_what_is_not_held_is_refused(spool: Spool, name: str) -> None:
+    make_episode(spool.paths.episodes, "ep")
+    with pytest.raises(UsageError, match="is not held"):
+        spool.keep_local(name)
+    with pytest.raises(UsageError, match="is not held"):
+        spool.drop_local(name)
+
+
+# --- sweeping ----------------------------------------------------------------------------------------------------
+
+
+def test_the_sweep_removes_what_has_no_episode(spool: Spool) -> None:
+    make_episode(spool.paths.episodes, "here")
+    make_episode(spool.paths.episodes, "recording", marker=False)
+    for name in ("here", "recording", "gone"):
+        put_artifact(spool, name)
+        spool.hold(hold_record(name))
+    spool.outbox.begin("partial-only").close()
+    (spool.paths.outbox / "README").write_bytes(b"not ours")
+    (spool.paths.episodes / "a-file").touch()
+    put_artifact(spool, "a-file")
+    assert spool.sweep() == ["a-file", "gone", "partial-only"]
+    assert spool.sweep() == []
+    assert spool.outbox.episodes() == {"here", "recording"}
+    assert sorted(os.listdir(spool.paths.holds)) == ["here.json", "recording.json"]
+    assert (spool.paths.outbox / "README").exists()
+
+
+def test_temporaries_go_and_nothing_else(spool: Spool) -> None:
+    make_episode(spool.paths.episodes, "ep")
+    put_artifact(spool, "ep")
+    before = files_below(spool.paths.root)
+    for directory in (spool.paths.outbox, spool.paths.holds, spool.paths.state, spool.paths.quarantine):
+        (directory / ".tmp-x.json.123").write_bytes(b"torn")
+    spool.remove_temporaries()
+    assert files_below(spool.paths.root) == before
