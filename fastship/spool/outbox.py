@@ -49,7 +49,11 @@ class Outbox:
         return io.FileIO(fd, "wb")
 
     def commit(self, manifest: Manifest) -> Path:
-        """Give the finished partial its name. A crash in between leaves a partial, and a manifest nobody reads."""
+        """Give the finished partial its name. A crash in between leaves a partial, and a manifest nobody reads.
+
+        An older artifact goes first: beside the new manifest it would be believed if it had the same size.
+        """
+        durable.unlink_if_present(self.artifact(manifest.episode))
         durable.write_file(self.manifest(manifest.episode), msgspec.json.encode(manifest), sync=False)
         artifact = self.artifact(manifest.episode)
         os.rename(self.partial(manifest.episode), artifact)
