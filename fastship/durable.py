@@ -11,6 +11,7 @@ Imports only ``errors``; everything above may import it. All calls block on the 
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -61,10 +62,10 @@ def write_file(path: Path, data: bytes, *, sync: bool = True, mode: int = 0o644)
 def append_lines(path: Path, lines: Iterable[bytes]) -> None:
     """Append each of ``lines`` (without newline) to a journal and make all of them durable with one fsync.
 
-    A line torn by a crash is closed off first, so it spoils itself only. The directory is synced when the
-    file is new. Group commit: the cost is one fsync however many lines.
+    A line torn by a crash is closed off first, so it spoils itself only. The directory is synced each time: that the
+    file is not new does not say that whoever made it lived to do so. Group commit: the cost is the same however
+    many lines.
     """
-    new = not path.exists()
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     try:
         size = os.fstat(fd).st_size
@@ -73,8 +74,7 @@ def append_lines(path: Path, lines: Iterable[bytes]) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-    if new:
-        sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def move(source: Path, target: Path) -> None:
@@ -84,7 +84,7 @@ def move(source: Path, target: Path) -> None:
     The caller holds the spool lock, so nobody of ours makes the target in between.
     """
     if os.path.lexists(target):
-        raise FileExistsError(f"{target} is there already")
+        raise FileExistsError(errno.EEXIST, "is there already", os.fspath(target))
     os.rename(source, target)
     sync_directory(target.parent)
     if source.parent != target.parent:
@@ -113,9 +113,10 @@ def unlink_if_present(path: Path | str) -> bool:
 
 def remove_temporaries(directory: Path) -> None:
     """Remove what interrupted `write_file` calls left in ``directory``. Call only while holding its lock."""
-    for entry in os.scandir(directory):
-        if entry.name.startswith(TEMP_PREFIX):
-            unlink_if_present(entry.path)
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.name.startswith(TEMP_PREFIX) and not entry.is_dir(follow_symlinks=False):
+                unlink_if_present(entry.path)
 
 
 def boot_id() -> str:
