@@ -55,6 +55,9 @@ class MarkerWatch:
             if error.errno in _LIMIT_ERRORS:
                 self.full = True
             return False
+        older = self._names.get(number)
+        if older is not None:  # renamed since: the kernel gives the same watch for the same directory
+            self._watched.pop(older, None)
         self._watched[episode] = number
         self._names[number] = episode
         return os.access(path / MARKER, os.F_OK)  # only now: one set before the watch stood told nothing
