@@ -81,9 +81,10 @@ def answer(path: Path, reply: Answer) -> None:
 
 def forget_old(directory: Path, *, older_than_s: float) -> None:
     """Remove answers nobody fetched."""
-    for entry in os.scandir(directory):
-        if time.time() - entry.stat().st_mtime > older_than_s:
-            durable.unlink_if_present(entry.path)
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if time.time() - entry.stat().st_mtime > older_than_s:
+                durable.unlink_if_present(entry.path)
 
 
 def carry_out(spool: Spool, request: Request) -> Effect:
