@@ -41,7 +41,7 @@ def read_code_commit(episode: Path) -> str | None:
         with open(episode / "meta.json", "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
             raw = file.read(_META_LIMIT_BYTES + 1)
         commit: Any = msgspec.json.decode(raw)["code_version"]["commit"]
-    except (OSError, ValueError, KeyError, TypeError, msgspec.MsgspecError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, msgspec.MsgspecError):
         return None
     if isinstance(commit, str) and _COMMIT.fullmatch(commit):
         return commit.lower()

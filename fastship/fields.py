@@ -36,8 +36,11 @@ def format_digest(algorithm: str, hex_digest: str) -> str:
 
 
 def parse_digest(value: str | None, algorithm: str) -> str | None:
-    """The hex digest that ``value`` (a dictionary of digests) gives for ``algorithm``, or None."""
-    for member in (value or "").split(","):
+    """The hex digest that ``value`` (a dictionary of digests) gives for ``algorithm``, or None.
+
+    Of several the last one counts (RFC 9651, 4.2.2).
+    """
+    for member in reversed((value or "").split(",")):
         match = _MEMBER.fullmatch(member)
         if match and match[1] == algorithm:
             try:
@@ -64,7 +67,7 @@ def parse_integer(value: str | None) -> int | None:
 
 
 def parse_limits(value: str | None) -> dict[str, int]:
-    """``Upload-Limit: max-size=10, max-age=60`` -> ``{"max-size": 10, "max-age": 60}``; unknown or odd members drop out."""
+    """``Upload-Limit: max-size=10, max-age=60`` -> ``{"max-size": 10, "max-age": 60}``; odd members drop out."""
     limits: dict[str, int] = {}
     for member in (value or "").split(","):
         key, _, number = member.partition("=")
