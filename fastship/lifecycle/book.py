@@ -10,6 +10,7 @@ Pure: no I/O, no clock. Imports ``states``, ``events`` and ``episode``; the supe
 from __future__ import annotations
 
 import bisect
+import heapq
 from collections.abc import Mapping
 
 import msgspec
@@ -95,11 +96,13 @@ class Book:
         self.entries: dict[str, Entry] = {}
         self.ready: list[tuple[str, str]] = []  # sorted (key, episode) of the READY ones
         self.waiting: set[str] = set()  # the WAITING ones
+        self.alarms: list[tuple[float, str]] = []  # a heap of (not_before, episode): theirs, and some of the past
         self.workers: dict[int, set[str]] = {}  # what each has
         self.leaving: set[int] = set()  # workers that drain
         self.shares: dict[int, int] = {}
         self.breaker = Breaker()
         self.draining = False
+        self.scanned = 0  # episodes that were ever entered
         self.transient = 0  # attempts that ended without a verdict on the episode
 
     def count(self, *states: State) -> int:
@@ -127,6 +130,7 @@ class Book:
             bisect.insort(self.ready, (entry.key, entry.episode))
         elif state is State.WAITING:
             self.waiting.add(entry.episode)
+            heapq.heappush(self.alarms, (entry.not_before, entry.episode))
         elif state not in TRANSITIONS:
             del self.entries[entry.episode]
 
@@ -172,12 +176,14 @@ def decide(book: Book, event: Event, now: float) -> list[Command]:
 def _found(book: Book, event: Found, commands: list[Command]) -> None:
     seen = {episode for _, episode in event.ready} | set(event.held)
     new: list[tuple[str, str]] = []
+    before = len(book.entries)
     for key, episode in event.ready:
         entry = book.entries.get(episode)
         if entry is None:
             book.entries[episode] = Entry(episode=episode, key=key, state=State.READY)
             new.append((key, episode))
         elif entry.state is State.HELD:  # its hold is gone
+            entry.key = key
             book.move(entry, State.READY)
     if len(new) > 32:  # one sort instead of many insertions into a long list
         book.ready.extend(new)
@@ -188,6 +194,7 @@ def _found(book: Book, event: Found, commands: list[Command]) -> None:
     for episode in event.held:
         if episode not in book.entries:
             book.entries[episode] = Entry(episode=episode, key=episode, state=State.HELD)
+    book.scanned += len(book.entries) - before + len(event.impossible)
     for name in event.impossible:
         text = f"{name!r} cannot be an episode's id: letters, digits and ._- only, at most 200, a letter or digit first"
         commands.append(Quarantine(name, None, text, ""))
@@ -346,14 +353,25 @@ def _wake(book: Book, now: float) -> None:
     """What has waited long enough is ready. In a single pass nothing is attempted twice."""
     if book.policy.once:
         return
-    for entry in [book.entries[episode] for episode in book.waiting]:
-        if entry.not_before <= now:
-            book.move(entry, State.READY)
+    while (due := _next_alarm(book)) is not None and due.not_before <= now:
+        book.move(due, State.READY)
+
+
+def _next_alarm(book: Book) -> Entry | None:
+    """The WAITING entry whose time comes first. Alarms that no longer mean anything are dropped on the way."""
+    while book.alarms:
+        time_s, episode = book.alarms[0]
+        entry = book.entries.get(episode)
+        if entry is not None and entry.state is State.WAITING and entry.not_before == time_s:
+            return entry
+        heapq.heappop(book.alarms)
+    return None
 
 
 def next_wake(book: Book) -> float | None:
     """When, on ``decide``'s clock, time alone will change something; None: never."""
-    times = [book.entries[episode].not_before for episode in book.waiting]
+    waiting = _next_alarm(book)
+    times = [] if waiting is None else [waiting.not_before]
     if book.breaker.paused and book.breaker.probe is None and book.ready:
         times.append(book.breaker.until)
     return min(times, default=None)
