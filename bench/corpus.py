@@ -1,7 +1,7 @@
 """Seeded telemetry to measure with: the same bytes from the same arguments, on any host.
 
-A mix, by bytes: JSON lines 40 %, CSV 25 %, arrays of doubles 20 %, text logs 15 %. A pool of 24 MiB a kind is made row by
-row and repeated: more than a frame apart, so no compressor at work here sees the repetition.
+A mix, by bytes: JSON lines 40 %, CSV 25 %, arrays of doubles 20 %, text logs 15 %. A pool of 24 MiB a kind is made row
+by row and repeated: more than a frame apart, so no compressor at work here sees the repetition.
 
     python bench/corpus.py DIR --bytes 1GB --file-bytes 64MB     makes one episode DIR
 """
