@@ -99,7 +99,7 @@ Script = Callable[[Peer, Head], None]
 class Server:
     """Runs the script for each request, a thread a connection; what the script raises fails the test."""
 
-    def __init__(self, script: Script, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, script: Script, tls: ssl.SSLContext | None = None, *, receive_buffer: int = 0) -> None:
         self.heads: list[Head] = []
         self.connections = 0
         self.errors: list[BaseException] = []
@@ -108,6 +108,8 @@ class Server:
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
+        if receive_buffer:  # inherited by the connections
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.port: int = self._listener.getsockname()[1]
         self.url = f"http{'s' if tls else ''}://127.0.0.1:{self.port}"
         self._acceptor = threading.Thread(target=self._accept)

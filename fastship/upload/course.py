@@ -1,6 +1,6 @@
 """What a dialect and the session say to each other: the seam that each dialect is built on.
 
-A dialect is one generator a attempt, its *course*: it yields what is to be done next (a `Request` to send, a
+A dialect is one generator for each attempt, its *course*: it yields what is to be done next (a `Request` to send, a
 `Wait`, a `CheckArtifact`), is sent what came of it (an `Answer` or a `Fault`, ``None``, a `Checked`), and
 returns the `Verdict`. It does no I/O and reads no clock, so any course can be played through in a test, and a
 further dialect is one more module with one more generator.
@@ -8,7 +8,7 @@ further dialect is one more module with one more generator.
 What always holds: everything here is an immutable value; no value carries a secret (the token is added by the
 module that talks to the network, at the last moment), so each may be logged and shown.
 
-Imports ``episode`` and ``fields``' neighbours only; every module of ``upload`` may import it.
+Imports ``episode``; every module of ``upload`` may import it.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def test_a_slow_receiver_is_not_a_stall(tmp_path: Path) -> None:
         stored(peer, head, artifact.manifest)
 
     upload = msgspec.structs.replace(UPLOAD, stall_timeout_s=0.8, answer_timeout_s=0.8)
-    with Server(slowly) as server:
+    with Server(slowly, receive_buffer=128 << 10) as server:
         verdict = ship(artifact, to(server), upload)
     assert verdict.outcome is Outcome.SHIPPED
     assert server.outline == ["PUT"]

@@ -277,17 +277,17 @@ def test_a_callback_may_submit_the_next(tmp_path: Path) -> None:
 
 
 def test_the_bandwidth_limit_shapes_what_all_transfers_send_together(tmp_path: Path) -> None:
-    """Twice the rate, half the time; compared with each other only, and never faster than the limit."""
+    """Never faster than the limit, and, beside the same without one, much slower."""
     artifacts = [make_artifact(tmp_path, 1_000_000, f"ep{number}") for number in range(3)]
     seconds: dict[int, float] = {}
     with Server(accept_all) as server:
-        for rate in (2_000_000, 6_000_000):
+        for rate in (0, 2_000_000):
             began = time.monotonic()
             verdicts = ship_all(artifacts, to(server), msgspec.structs.replace(UPLOAD, bandwidth=rate))
             seconds[rate] = time.monotonic() - began
             assert {verdict.outcome for verdict in verdicts.values()} == {Outcome.SHIPPED}
-            assert 3_000_000 / seconds[rate] <= rate * 1.15
-    assert seconds[2_000_000] > 1.7 * seconds[6_000_000]
+    assert 3_000_000 / seconds[2_000_000] <= 2_000_000 * 1.15
+    assert seconds[2_000_000] > 3 * seconds[0]
 
 
 def test_the_bandwidth_may_be_changed_while_bytes_move(large: Artifact) -> None:
