@@ -109,7 +109,10 @@ class Lab:
         return directory
 
     def names(self, directory: str) -> list[str]:
-        return sorted(path.name for path in (self.root / directory).iterdir())
+        """What is in one of the spool's directories; nothing while it is not there yet."""
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(os.listdir(self.root / directory))
+        return []
 
     def artifact(self, name: str = "ep1") -> Path:
         return self.outbox / (name + ARTIFACT_SUFFIX)
