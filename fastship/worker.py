@@ -115,6 +115,8 @@ class Worker:
                 if assignment is not None:
                     self._channel.send(Returned(assignment.episode))
         self._queue.put(None)
+        if not self._under_way:
+            self._packer.join(BEAT_S)  # it has nothing to do and ends at once: so do we
 
     def _progress(self) -> list[ipc.UnderWay]:
         now = time.monotonic()
