@@ -281,6 +281,7 @@ class _Transfer:
         self._end = self._start + (request.body.length_bytes if request.body else 0)
         self._position = self._start
         self._artifact_error = ""
+        self._certified = False  # a client certificate is shown
         self.paused = False
         self.paused_at = 0.0
         self._head: list[bytes] = []  # field lines of the answer being read
@@ -335,6 +336,7 @@ class _Transfer:
                 set_option(pycurl.CAINFO, system.cafile)
             if system.capath:
                 set_option(pycurl.CAPATH, system.capath)
+        self._certified = bool(destination.client_cert)
         if destination.client_cert:
             set_option(pycurl.SSLCERT, destination.client_cert)
             set_option(pycurl.SSLKEY, destination.client_key)
@@ -443,6 +445,9 @@ class _Transfer:
             return Fault(FaultKind.NETWORK, f"the answer's body goes on for more than {ANSWER_LIMIT_BYTES} bytes")
         if code == pycurl.E_UNSUPPORTED_PROTOCOL and self.easy.getinfo(pycurl.PRIMARY_IP):  # said after connecting
             return Fault(FaultKind.SETTINGS, f"what answers there is not HTTP, see destination.url: {message}")
+        if "unexpected eof" in message and not self._head and not self._certified:
+            # Servers that drop a TLS 1.3 connection without an alert (Python's asyncio) look like a cut line.
+            message += "; if it asks for client certificates, set destination.client_cert"
         return Fault(_kind(code, message), f"{message or 'no reason given'} (curl {code})")
 
 

@@ -390,7 +390,9 @@ def test_over_tls_with_client_certificates(tmp_path: Path, start_receiver: MakeR
     artifact = make_artifact(tmp_path, 5_000_000)
     without = DestinationSettings(url=receiver.url, ca_file=str(tmp_path / "ca.pem"))
     # Python's asyncio closes without the TLS alert that would say why, so this may look like a cut (Scope.NETWORK).
-    assert ship(artifact, without, msgspec.structs.replace(UPLOAD, retries=1)).outcome is Outcome.TRANSIENT
+    refused = ship(artifact, without, msgspec.structs.replace(UPLOAD, retries=1))
+    assert refused.outcome is Outcome.TRANSIENT
+    assert refused.sent_bytes == 0
     shown = msgspec.structs.replace(without, client_cert=paths["client_cert"], client_key=paths["client_key"])
     assert outcome_of(ship(artifact, shown, UPLOAD)) == SHIPPED
     assert receiver.stored(artifact)

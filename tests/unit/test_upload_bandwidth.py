@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastship.upload.bandwidth import BURST_MIN_BYTES, BURST_S, Bandwidth
@@ -13,6 +13,7 @@ def test_no_limit_grants_all() -> None:
     assert Bandwidth(0, now=5.0).take(1 << 40, 5.0) == 1 << 40
 
 
+@settings(deadline=None)
 @given(
     rate=st.integers(1, 10**9),
     steps=st.lists(st.tuples(st.floats(0, 2), st.integers(0, 1 << 22)), max_size=50),
@@ -28,6 +29,7 @@ def test_never_more_than_the_rate_and_one_burst(rate: int, steps: list[tuple[flo
         assert granted <= rate * (now - 100.0) + max(rate * BURST_S, BURST_MIN_BYTES) + 1
 
 
+@settings(deadline=None)
 @given(rate=st.integers(1, 10**9))
 def test_whoever_waits_as_long_as_told_gets_something(rate: int) -> None:
     bandwidth = Bandwidth(rate, now=0.0)

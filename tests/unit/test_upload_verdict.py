@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastship.episode import Manifest, Outcome, Scope
@@ -47,6 +47,7 @@ def test_retry_after(value: str, date: str | None, seconds: float | None) -> Non
     assert retry_after_s(Answer(503, fields)) == seconds
 
 
+@settings(deadline=None)
 @given(
     status=st.integers(-1, 1000), value=st.text(max_size=40), date=st.text(max_size=40), body=st.binary(max_size=200)
 )
