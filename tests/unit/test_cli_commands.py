@@ -8,10 +8,12 @@ import subprocess
 import sys
 import tarfile
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from kept_logging import logging_kept
 from lab import Destination, Lab, Reply
 
 from fastship import cli
@@ -44,13 +46,14 @@ class Run:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
     """In an empty directory, without settings of the host."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FASTSHIP_CONFIG", raising=False)
     monkeypatch.delenv("FASTSHIP_DEBUG", raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    return Run(capsys)
+    with logging_kept():
+        yield Run(capsys)
 
 
 # -- the frame of all commands -------------------------------------------------------------------------------
@@ -229,6 +232,17 @@ def test_init_overwrites_nothing_and_makes_nothing_for_a_wrong_url(run: Run, tmp
     (tmp_path / "lab/fastship.toml").write_text("# mine\n")
     assert run("init", "lab").code == 2
     assert (tmp_path / "lab/fastship.toml").read_text() == "# mine\n"
+
+
+def test_init_completes_an_older_tools_spool_and_touches_no_episode(run: Run, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    (old / "episodes" / "ep1").mkdir(parents=True)
+    (old / "episodes" / "ep1" / "done.marker").touch()
+    (old / "quarantine" / "ep0").mkdir(parents=True)
+    assert run("init", "old", "--url", "http://h").code == 0
+    assert (old / "episodes" / "ep1" / "done.marker").exists()
+    assert run("config", "check", "-c", "old/fastship.toml").code == 0
+    assert run("status", "--json", "-c", "old/fastship.toml").json()["ready"] == 1
 
 
 def test_init_with_quotes_in_its_url_cannot_break_the_file(run: Run) -> None:

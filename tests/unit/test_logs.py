@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from typing import Literal
 
 import pytest
 import structlog
+from kept_logging import logging_kept
 
 from fastship import logs
 from fastship.settings import LogSettings
+
+
+@pytest.fixture(autouse=True)
+def _logging_kept() -> Iterator[None]:
+    with logging_kept():
+        yield
 
 
 def speak() -> None:
