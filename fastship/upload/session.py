@@ -159,7 +159,7 @@ class Session:
                 self._closing = self._draining = True
                 self._under_way |= {_Passage(artifact, _no_course()) for artifact, _ in self._queue}
             for passage in list(self._under_way):
-                self._finish(passage, _fault_of_ours(error))
+                self._tell(passage, _fault_of_ours(error))
         finally:
             with self._lock:
                 self._closing = self._draining = self._closed = True
@@ -234,6 +234,9 @@ class Session:
     def _finish(self, passage: _Passage, verdict: Verdict) -> None:
         self._transfers.cancel(passage)
         passage.close()
+        self._tell(passage, verdict)
+
+    def _tell(self, passage: _Passage, verdict: Verdict) -> None:
         verdict = msgspec.structs.replace(verdict, sent_bytes=passage.sent_bytes)
         try:
             self._on_verdict(passage.episode, verdict)

@@ -29,6 +29,7 @@ from scripted_server import (
 
 from fastship.episode import Outcome, Scope, Verdict
 from fastship.upload import Artifact, Session, ship
+from fastship.upload.curl import Transfers
 
 
 @pytest.fixture
@@ -225,6 +226,28 @@ def test_a_fault_of_ours_in_one_course_is_its_verdict_and_no_other_ones(
     assert verdicts["ep1"].outcome is Outcome.SHIPPED
     assert (verdicts["ep2"].outcome, verdicts["ep2"].scope) == (Outcome.TRANSIENT, Scope.NETWORK)
     assert "Traceback" in caplog.text
+
+
+def test_a_fault_that_ends_the_session_leaves_nobody_waiting(
+    small: Artifact, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("in the loop")
+
+    verdicts: queue.SimpleQueue[Verdict] = queue.SimpleQueue()
+    with held_server() as (server, _release):
+        upload = msgspec.structs.replace(UPLOAD, connections=1)
+        with Session(to(server), upload, on_verdict=lambda _episode, verdict: verdicts.put(verdict)) as session:
+            session.submit(small, first_attempt=True)
+            wait_until(lambda: len(server.heads) == 1)
+            monkeypatch.setattr(Transfers, "poll", fail)
+            session.submit(small, first_attempt=True)  # the one under way and the one in line
+            for _ in range(2):
+                assert verdicts.get(timeout=GENEROUS_S).outcome is Outcome.TRANSIENT
+            assert session.drain(GENEROUS_S)
+            with pytest.raises(RuntimeError):
+                session.submit(small, first_attempt=True)
+    assert "in the loop" in caplog.text
 
 
 def test_progress_never_passes_the_whole_and_starts_at_the_receivers_offset(large: Artifact) -> None:
