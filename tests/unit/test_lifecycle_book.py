@@ -1,0 +1,740 @@
+"""The rules: single cases, and a simulated world in which everything happens in every order that is possible."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from sample import manifest_of, shipped, verdict
+
+from fastship.episode import Outcome, Scope, Verdict
+from fastship.lifecycle import CLAIMED, Book, Policy, State, decide, next_wake, share_cores
+from fastship.lifecycle import events as ev
+from fastship.lifecycle.book import CHANGES_BEFORE_HOLD, QUEUE_DEPTH
+
+FAULT = verdict(Outcome.TRANSIENT, Scope.DESTINATION, status=401)
+NETWORK = verdict(Outcome.TRANSIENT, Scope.NETWORK)
+CONFLICT = verdict(Outcome.CONFLICT, Scope.EPISODE, status=409)
+REJECTED = verdict(Outcome.REJECTED, Scope.EPISODE, status=412)
+DAMAGED = verdict(Outcome.DAMAGED, Scope.EPISODE)
+RETRY_AFTER = verdict(Outcome.TRANSIENT, Scope.DESTINATION, status=429, retry_after_s=60.0)
+
+
+def policy(**changes: Any) -> Policy:
+    values: dict[str, Any] = {
+        "cores": 2, "in_flight": 4, "poison_after": 3, "pause_min_s": 1.0, "pause_max_s": 8.0, "pause_after": 3,
+    }  # fmt: skip
+    return Policy(**(values | changes))
+
+
+class Desk:
+    """A book, a clock, and `Measure` answered at once, as the supervisor does."""
+
+    def __init__(self, frames: int = 1, **changes: Any) -> None:
+        self.book = Book(policy(**changes))
+        self.now = 100.0
+        self.frames = dict[str, int]()
+        self.default_frames = frames
+
+    def tell(self, *events: ev.Event) -> list[ev.Command]:
+        commands: list[ev.Command] = []
+        waiting = deque(events)
+        while waiting:
+            for command in decide(self.book, waiting.popleft(), self.now):
+                commands.append(command)
+                if isinstance(command, ev.Measure):
+                    waiting.append(ev.Measured(command.episode, self.frames.get(command.episode, self.default_frames)))
+        return commands
+
+    def find(self, *episodes: str) -> list[ev.Command]:
+        return self.tell(ev.Found([(one, one) for one in episodes]))
+
+    def state(self, episode: str) -> State | None:
+        entry = self.book.entries.get(episode)
+        return None if entry is None else entry.state
+
+    def ship(self, episode: str, answer: Verdict, *, unchanged: bool = True) -> list[ev.Command]:
+        """All that a worker says of an episode it was given."""
+        manifest = manifest_of(episode)
+        return self.tell(
+            ev.PackBegan(episode),
+            ev.Packed(episode, manifest, False),
+            ev.Answered(episode, answer, manifest, unchanged),
+        )
+
+
+def kinds(commands: list[ev.Command], *kinds_wanted: type) -> list[ev.Command]:
+    return [command for command in commands if isinstance(command, kinds_wanted)]
+
+
+def assigned(commands: list[ev.Command]) -> list[tuple[int, str]]:
+    return [(command.worker, command.episode) for command in commands if isinstance(command, ev.Assign)]
+
+
+# --- single cases ------------------------------------------------------------------------------------------------
+
+
+def test_episodes_are_given_out_in_order_and_evenly() -> None:
+    desk = Desk()
+    assert assigned(desk.tell(ev.WorkerJoined(1), ev.WorkerJoined(2))) == []
+    assert assigned(desk.find("d", "c", "a", "b")) == [(1, "a"), (2, "b"), (1, "c")]
+    assert desk.state("a") is State.QUEUED
+
+
+def test_shipped_is_retired_with_its_receipt() -> None:
+    desk = Desk()
+    desk.tell(ev.WorkerJoined(1))
+    desk.find("ep")
+    (command,) = kinds(desk.ship("ep", shipped(manifest_of("ep"))), ev.Retire)
+    assert isinstance(command, ev.Retire)
+    assert (command.episode, command.receipt.artifact.sha256) == ("ep", manifest_of("ep").artifact_sha256)
+    assert desk.state("ep") is None
+    assert desk.book.idle()
+
+
+def test_shipped_but_changed_is_not_retired() -> None:
+    desk = Desk()
+    desk.tell(ev.WorkerJoined(1))
+    desk.find("ep")
+    commands = desk.ship("ep", shipped(manifest_of("ep")), unchanged=False)
+    assert kinds(commands, ev.Retire, ev.Quarantine, ev.Hold) == []
+    assert desk.state("ep") is State.WAITING
+
+
+@pytest.mark.parametrize(
+    ("answer", "command", "state"),
+    [
+        (CONFLICT, ev.Hold, State.HELD),
+        (REJECTED, ev.Quarantine, None),
+        (DAMAGED, ev.Discard, State.WAITING),
+        (NETWORK, ev.Report, State.WAITING),
+        (FAULT, ev.Report, State.WAITING),
+    ],
+)
+def test_what_each_verdict_leads_to(answer: Verdict, command: type, state: State | None) -> None:
+    desk = Desk()
+    desk.tell(ev.WorkerJoined(1))
+    desk.find("ep")
+    commands = desk.ship("ep", answer)
+    assert len(kinds(commands, ev.Retire, ev.Hold, ev.Quarantine, ev.Discard)) == (command is not ev.Report)
+    assert kinds(commands, command)
+    assert desk.state("ep") is state
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 407, 408, 421, 425, 429])
+def test_a_rotated_token_quarantines_nothing_and_all_goes_on_when_it_is_well(status: int) -> None:
+    desk = Desk()
+    desk.tell(ev.WorkerJoined(1))
+    names = [f"ep{number}" for number in range(9)]
+    desk.find(*names)
+    under_way = [name for name in names if desk.state(name) in CLAIMED]
+    commands: list[ev.Command] = []
+    for name in under_way:
+        commands += desk.ship(name, verdict(Outcome.TRANSIENT, Scope.DESTINATION, status=status))
+    assert kinds(commands, ev.Quarantine, ev.Hold, ev.Retire) == []
+    assert len([one for one in kinds(commands, ev.Report) if getattr(one, "event", "") == "destination-paused"]) == 1
+    assert desk.book.count(*CLAIMED) == 0
+    pauses = []
+    for _ in range(5):  # the probe fails: a longer pause each time, one episode at a time
+        wake = next_wake(desk.book)
+        assert wake is not None
+        desk.now = max(desk.book.breaker.until, desk.now)
+        ((_, probe),) = assigned(desk.tell(ev.Tick()))
+        assert assigned(desk.tell(ev.Tick(), ev.WorkerJoined(2))) == []
+        desk.tell(ev.WorkerLeft(2, False))
+        desk.ship(probe, verdict(Outcome.TRANSIENT, Scope.DESTINATION, status=status))
+        pauses.append(desk.book.breaker.until - desk.now)
+    assert pauses == [2.0, 4.0, 8.0, 8.0, 8.0]
+    desk.now = desk.book.breaker.until
+    ((_, probe),) = assigned(desk.tell(ev.Tick()))
+    commands = desk.ship(probe, shipped(manifest_of(probe)))
+    assert kinds(commands, ev.Retire)
+    assert len(assigned(commands)) > 1
+    assert not desk.book.breaker.paused
+
+
+def test_retry_after_is_obeyed_where_it_is_longer() -> None:
+    desk = Desk()
+    desk.tell(ev.WorkerJoined(1))
+    desk.find("a", "b")
+    desk.ship("a", RETRY_AFTER)
+    assert desk.book.breaker.until == desk.now + 60.0
+    assert desk.book.entries["a"].not_before == desk.now + 60.0
+
+
+def test_network_faults_pause_only_after_several_in_a_row() -> None:
+    desk = Desk(in_flight=10)
+    desk.tell(ev.WorkerJoined(1))
+    for number in range(2):
+        desk.find(*(f"ep{one}" for one in range(number + 1)))
+        desk.ship(f"ep{number}", NETWORK)
+        assert not desk.book.breaker.paused
+    desk.tell(ev.Found([("well", "well")], complete=False))
+    desk.ship("well", CONFLICT)  # proves the destination well: the count begins anew
+    for number, paused in ((5, False), (6, False), (7, True)):
+        desk.tell(ev.Found([(f"ep{number}", f"ep{number}")], complete=False))
+        desk.ship(f"ep{number}", NETWORK)
+        assert desk.book.breaker.paused is paused
+
+
+def test_a_probe_that_tells_nothing_makes_room_for_another() -> None:
+    for end in ("died", "pack-failed", "returned"):
+        desk = Desk()
+        desk.tell(ev.WorkerJoined(1))
+        desk.find("a")
+        desk.ship("a", FAULT)
+        desk.tell(ev.Found([("b", "b"), ("c", "c")], complete=False))
+        desk.now += 1.0
+        ((_, probe),) = [one for one in assigned(desk.tell(ev.Tick())) if one[1] == desk.book.breaker.probe]
+        if end == "died":
+            desk.tell(ev.PackBegan(probe), ev.WorkerLeft(1, True, "killed"))
+        elif end == "pack-failed":
+            desk.tell(ev.PackBegan(probe), ev.PackFailed(probe, "pack", "cannot"))
+        else:
+            desk.tell(ev.WorkerLeaving(1), ev.Returned(probe), ev.WorkerLeft(1, False))
+        desk.tell(ev.WorkerJoined(2))
+        assert desk.book.breaker.probe is not None, end
+        assert desk.book.count(*CLAIMED) == 1, end
+
+
+def test_an_episode_that_kills_workers_is_quarantined_and_convicts_no_other() -> None:
+    desk = Desk()
+    number = 0
+    desk.tell(ev.WorkerJoined(0))
+    desk.find("bad", "good1", "good2")
+    quarantined: list[ev.Command] = []
+    while desk.state("bad") is not None:
+        assert number < 10
+        if desk.state("bad") is State.QUEUED:
+            commands = desk.tell(ev.PackBegan("bad"), ev.WorkerLeft(number, True, "killed by signal 9"))
+            quarantined += kinds(commands, ev.Quarantine)
+            number += 1
+            desk.tell(ev.WorkerJoined(number))
+        else:
+            claimed = [name for name in ("good1", "good2") if desk.state(name) in CLAIMED]
+            desk.ship(claimed[0], shipped(manifest_of(claimed[0])))
+    (command,) = quarantined
+    assert isinstance(command, ev.Quarantine)
+    assert command.episode == "bad"
+    assert "3 workers died" in command.error
+    assert "signal 9" in command.error
+    assert number == 3
+    for name in ("good1", "good2"):
+        entry = desk.book.entries.get(name)
+        assert entry is None or entry.kills == 0
+
+
+def test_a_worker_that_drains_gives_back_and_is_not_suspect() -> None:
+    desk = Desk()
+    desk.tell(ev.WorkerJoined(1))
+    desk.find("a", "b")
+    desk.tell(ev.PackBegan("a"), ev.WorkerLeaving(1), ev.Returned("b"))
+    assert desk.state("b") is State.READY
+    desk.tell(ev.Packed("a", manifest_of("a"), False), ev.WorkerLeft(1, False))
+    assert desk.state("a") is State.READY
+    assert desk.book.entries["a"].kills == 0
+
+
+def test_nothing_new_for_a_worker_that_drains() -> None:
+    desk = Desk()
+    desk.tell(ev.WorkerJoined(1), ev.WorkerLeaving(1))
+    assert assigned(desk.find("a")) == []
+    assert assigned(desk.tell(ev.WorkerJoined(2))) == [(2, "a")]
+
+
+def test_an_episode_that_goes_on_changing_is_held() -> None:
+    desk = Desk()
+    desk.tell(ev.WorkerJoined(1))
+    desk.find("ep")
+    holds = []
+    for _ in range(CHANGES_BEFORE_HOLD):
+        assert desk.state("ep") is State.QUEUED
+        commands = desk.tell(ev.PackBegan("ep"), ev.PackFailed("ep", "episode-changed", "it grew", "f00d"))
+        holds += kinds(commands, ev.Hold)
+        desk.now += 100.0
+        desk.tell(ev.Tick())
+    (hold,) = holds
+    assert isinstance(hold, ev.Hold)
+    assert (hold.reason, hold.fingerprint) == ("changing", "f00d")
+    assert desk.state("ep") is State.HELD
+
+
+def test_a_held_one_is_left_alone_until_released() -> None:
+    desk = Desk()
+    desk.tell(ev.WorkerJoined(1), ev.Found([], held=["ep"]))
+    desk.now += 1000.0
+    assert assigned(desk.tell(ev.Tick(), ev.Found([], held=["ep"]))) == []
+    assert assigned(desk.tell(ev.Released("ep", "ep"))) == [(1, "ep")]
+
+
+def test_a_hold_that_was_removed_by_hand_ends_and_the_episode_takes_its_turn_by_its_key() -> None:
+    desk = Desk()
+    desk.tell(ev.Found([("2", "b")], held=["a"]))
+    desk.tell(ev.Found([("2", "b"), ("3", "a")]))
+    assert desk.book.ready == [("2", "b"), ("3", "a")]
+
+
+def test_retries_come_later_and_later() -> None:
+    desk = Desk()
+    desk.tell(ev.WorkerJoined(1))
+    desk.find("ep")
+    pauses = []
+    for _ in range(6):
+        desk.tell(ev.PackBegan("ep"), ev.PackFailed("ep", "outbox-full", "no room"))
+        pauses.append(desk.book.entries["ep"].not_before - desk.now)
+        assert next_wake(desk.book) == desk.book.entries["ep"].not_before
+        desk.now = desk.book.entries["ep"].not_before
+        desk.tell(ev.Tick())
+        assert desk.state("ep") is State.QUEUED
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
+
+
+def test_a_single_pass_attempts_each_once() -> None:
+    desk = Desk(once=True)
+    desk.tell(ev.WorkerJoined(1))
+    desk.find("a", "b")
+    desk.tell(ev.PackBegan("a"), ev.PackFailed("a", "outbox-full", "no room"))
+    desk.now += 1e6
+    desk.tell(ev.Tick())
+    assert desk.state("a") is State.WAITING
+    assert not desk.book.idle()
+    desk.ship("b", shipped(manifest_of("b")))
+    assert desk.book.idle()
+
+
+def test_a_single_pass_ends_where_the_destination_is_paused() -> None:
+    desk = Desk(once=True, in_flight=1)
+    desk.tell(ev.WorkerJoined(1))
+    desk.find(*"abcdefghijkl")
+    while claimed := [entry.episode for entry in desk.book.entries.values() if entry.state in CLAIMED]:
+        desk.ship(claimed[0], FAULT)
+    assert desk.book.ready
+    assert desk.book.idle()
+
+
+def test_large_episodes_are_not_queued_and_small_ones_are() -> None:
+    desk = Desk(frames=1)
+    desk.tell(ev.WorkerJoined(1))
+    assert len(assigned(desk.find(*"abcdefghij"))) == QUEUE_DEPTH
+    desk = Desk(frames=9)
+    desk.tell(ev.WorkerJoined(1))
+    assert len(assigned(desk.find(*"abcdefghij"))) == 1
+
+
+def test_what_ships_bounds_what_is_packed() -> None:
+    desk = Desk(frames=9, in_flight=2)
+    desk.tell(ev.WorkerJoined(1))
+    desk.find(*"abcd")
+    for name in "ab":
+        desk.tell(ev.PackBegan(name), ev.Packed(name, manifest_of(name), False))
+    assert desk.state("c") is State.READY
+    assert assigned(desk.tell(ev.Answered("a", shipped(manifest_of("a")), manifest_of("a")))) == [(1, "c")]
+
+
+def test_the_core_budget_follows_the_backlog() -> None:
+    desk = Desk(cores=4)
+    desk.frames = {"huge": 100}
+    desk.tell(ev.WorkerJoined(1), ev.WorkerJoined(2))
+    (share,) = kinds(desk.find("huge"), ev.Share)
+    assert share == ev.Share(1, 4)
+    shares = kinds(desk.tell(ev.Found([("small", "small")], complete=False)), ev.Share)
+    assert sorted((one.worker, one.threads) for one in shares if isinstance(one, ev.Share)) == [(1, 3), (2, 1)]
+
+
+def test_impossible_names_are_quarantined_and_printable() -> None:
+    name = "bad\n\udcff"
+    (command,) = Desk().tell(ev.Found([], impossible=[name]))
+    assert isinstance(command, ev.Quarantine)
+    assert command.episode == name
+    command.error.encode()  # no surrogate in it
+    assert "\n" not in command.error
+
+
+def test_operators_words_on_what_is_not_there_change_nothing() -> None:
+    desk = Desk()
+    assert desk.tell(ev.Gone("nothing")) == []
+    assert desk.tell(ev.Measured("nothing", 3)) == []
+    desk.tell(ev.WorkerJoined(1))
+    desk.find("ep")
+    desk.tell(ev.Gone("ep"), ev.Released("ep", "ep"))  # claimed: its worker will say
+    assert desk.state("ep") is State.QUEUED
+
+
+# --- cost --------------------------------------------------------------------------------------------------------
+
+
+class Counting(dict[str, Any]):
+    """Entries that count how often one of them is looked at."""
+
+    touched = 0
+
+    def __getitem__(self, key: str) -> Any:
+        self.touched += 1
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.touched += 1
+        return super().get(key, default)
+
+    def __iter__(self) -> Any:
+        for key in super().__iter__():
+            self.touched += 1
+            yield key
+
+    def values(self) -> Any:
+        self.touched += len(self)
+        return super().values()
+
+
+def crowded(many: int) -> tuple[Desk, Counting]:
+    """A desk with so many ready episodes, two workers, and counted entries. What is counted is not timed."""
+    desk = Desk()
+    desk.find(*(f"ep{number:06d}" for number in range(many)))
+    desk.book.entries = entries = Counting(desk.book.entries)
+    desk.tell(ev.WorkerJoined(1), ev.WorkerJoined(2))
+    return desk, entries
+
+
+def test_a_hundred_thousand_ready_episodes_cost_no_more_each_than_a_few() -> None:
+    desk, entries = crowded(100_000)
+    for _ in range(3000):
+        entries.touched = 0
+        name = next(iter(desk.book.workers[1] or desk.book.workers[2]))
+        desk.ship(name, shipped(manifest_of(name)))
+        assert entries.touched < 300
+    assert len(entries) == 97_000
+
+
+def test_many_waiting_episodes_do_not_make_each_event_dear() -> None:
+    """A full outbox sends everything to wait: each event then looks at the next alarm, not at all of them."""
+    many = 5_000
+    desk, entries = crowded(many)
+    for _ in range(many):
+        entries.touched = 0
+        name = next(iter(desk.book.workers[1] or desk.book.workers[2]))
+        desk.tell(ev.PackBegan(name), ev.PackFailed(name, "outbox-full", "no room"))
+        assert next_wake(desk.book) == desk.now + 1.0
+        assert entries.touched < 300
+    assert len(desk.book.waiting) == many
+    desk.now += 1.0
+    desk.tell(ev.Tick())
+    assert desk.book.count(State.WAITING) == 0
+
+
+# --- sharing the cores -------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 64), st.dictionaries(st.integers(0, 20), st.integers(1, 300), max_size=12))
+def test_shares_of_the_cores(cores: int, frames: dict[int, int]) -> None:
+    shares = share_cores(cores, frames)
+    assert shares.keys() == frames.keys()
+    assert all(threads >= 1 for threads in shares.values())
+    assert sum(shares.values()) <= max(cores, len(frames))
+    assert all(threads <= max(1, frames[worker]) for worker, threads in shares.items())
+    if frames:  # no core idles while a worker could use it
+        assert sum(shares.values()) >= min(max(cores, len(frames)), sum(frames.values()))
+    for one in frames:  # more frames, no fewer threads
+        for other in frames:
+            if frames[one] > frames[other]:
+                assert shares[one] >= shares[other]
+
+
+def test_one_huge_episode_gets_every_core() -> None:
+    assert share_cores(16, {3: 1000}) == {3: 16}
+    assert share_cores(4, dict.fromkeys(range(8), 1)) == dict.fromkeys(range(8), 1)
+    assert share_cores(4, {1: 1000, 2: 1}) == {1: 3, 2: 1}
+
+
+# --- a simulated world -------------------------------------------------------------------------------------------
+
+ANSWERS = [FAULT, NETWORK, CONFLICT, REJECTED, DAMAGED, RETRY_AFTER, "shipped", "shipped", "changed"]
+
+
+class World(RuleBasedStateMachine):
+    """Workers are queues of what they were told, in order, and what they said is heard in order, late, or (when they
+    are killed) up to any point; the disk is the set of episodes; the book is told only what a supervisor could know.
+    """
+
+    @initialize(once=st.booleans(), cores=st.integers(1, 4), in_flight=st.integers(1, 4))
+    def begin(self, once: bool, cores: int, in_flight: int) -> None:
+        self.book = Book(policy(once=once, cores=cores, in_flight=in_flight))
+        self.now = 0.0
+        self.disk: dict[str, str] = {}  # episode -> "ready" or "held"
+        self.frames: dict[str, int] = {}
+        self.told: dict[int, deque[str]] = {}  # worker -> assignments not begun
+        self.packing: dict[int, str | None] = {}
+        self.shipping: dict[int, list[str]] = {}
+        self.said: dict[int, deque[ev.Event]] = {}  # on their way to the supervisor
+        self.draining: set[int] = set()
+        self.numbers = 0
+        self.names = 0
+        self.ends: dict[str, str] = {}
+        self.kills: dict[str, int] = {}
+        self.convictable: set[str] = set()
+        self.answers: dict[str, Verdict] = {}
+        self.probed: list[str] = []
+
+    # What happens to commands, as in the supervisor's loop.
+
+    def tell(self, event: ev.Event) -> None:
+        events = deque([event])
+        while events:
+            told = events.popleft()
+            for command in decide(self.book, told, self.now):
+                match command:
+                    case ev.Measure():
+                        events.append(ev.Measured(command.episode, self.frames.get(command.episode, 1)))
+                    case ev.Assign():
+                        self.assigned(command)
+                    case ev.Share():
+                        assert command.worker in self.book.workers
+                        assert command.threads >= 1
+                    case ev.Retire():
+                        answer = self.answers.pop(command.episode)
+                        assert answer.outcome is Outcome.SHIPPED
+                        assert answer.receipt is command.receipt
+                        assert isinstance(told, ev.Answered)
+                        assert told.unchanged
+                        self.disk.pop(command.episode, None)
+                        self.ends[command.episode] = "retired"
+                    case ev.Quarantine():
+                        if isinstance(told, ev.Answered):
+                            assert told.verdict.outcome is Outcome.REJECTED
+                        else:
+                            assert isinstance(told, ev.WorkerLeft)
+                            assert self.kills[command.episode] >= self.book.policy.poison_after
+                        self.disk.pop(command.episode, None)
+                        self.ends[command.episode] = "quarantined"
+                    case ev.Hold():
+                        assert isinstance(told, ev.Answered | ev.PackFailed)
+                        if command.episode in self.disk:
+                            self.disk[command.episode] = "held"
+                        self.ends[command.episode] = "held"
+                    case ev.Discard() | ev.Report():
+                        pass
+
+    def assigned(self, command: ev.Assign) -> None:
+        holders = [worker for worker in self.told if command.episode in self.with_worker(worker)]
+        assert holders == [], "an episode is with at most one worker"
+        assert command.worker in self.told, "only to a worker that is there"
+        assert command.worker not in self.draining
+        if self.book.breaker.paused:
+            assert self.now >= self.book.breaker.until
+            assert self.book.breaker.probe == command.episode
+        self.told[command.worker].append(command.episode)
+
+    def with_worker(self, worker: int) -> list[str]:
+        """What the supervisor has heard no end of from this worker."""
+        unheard = [
+            one.episode for one in self.said[worker] if isinstance(one, ev.Answered | ev.PackFailed | ev.Returned)
+        ]
+        packing = self.packing[worker]
+        return [*self.told[worker], *([packing] if packing else []), *self.shipping[worker], *unheard]
+
+    def look(self) -> None:
+        ready = sorted((name, name) for name, state in self.disk.items() if state == "ready")
+        held = [name for name, state in self.disk.items() if state == "held"]
+        self.tell(ev.Found(ready, held))
+
+    # What can happen on the disk.
+
+    @rule(frames=st.sampled_from([1, 1, 1, 2, 50]), noticed=st.booleans())
+    def record(self, frames: int, noticed: bool) -> None:
+        self.names += 1
+        name = f"ep{self.names * 7919 % 1000:03d}"
+        if name in self.disk:
+            return
+        self.disk[name] = "ready"
+        self.frames[name] = frames
+        if noticed and name not in self.book.entries:
+            self.tell(ev.Found([(name, name)], complete=False))
+
+    @rule()
+    def look_through(self) -> None:
+        self.look()
+
+    @precondition(lambda self: self.disk)
+    @rule(data=st.data())
+    def vanish(self, data: st.DataObject) -> None:
+        del self.disk[data.draw(st.sampled_from(sorted(self.disk)))]
+
+    @precondition(lambda self: self.disk)
+    @rule(data=st.data(), word=st.sampled_from(["released", "gone", "by-hand"]))
+    def operator(self, data: st.DataObject, word: str) -> None:
+        name = data.draw(st.sampled_from(sorted(self.disk)))
+        entry = self.book.entries.get(name)
+        if entry is not None and entry.state in CLAIMED:
+            return  # refused
+        if word == "gone":
+            del self.disk[name]
+            self.tell(ev.Gone(name))
+        else:
+            self.disk[name] = "ready"
+            if word == "released":
+                self.tell(ev.Released(name, name))
+
+    @rule(seconds=st.sampled_from([0.0, 0.5, 3.0, 100.0]))
+    def time_goes_by(self, seconds: float) -> None:
+        self.now += seconds
+        self.tell(ev.Tick())
+
+    # What workers can do: each step is said, and heard later.
+
+    @precondition(lambda self: len(self.told) < 3)
+    @rule()
+    def join(self) -> None:
+        self.numbers += 1
+        for queues in (self.told, self.said):
+            queues[self.numbers] = deque()
+        self.packing[self.numbers] = None
+        self.shipping[self.numbers] = []
+        self.tell(ev.WorkerJoined(self.numbers))
+
+    @precondition(lambda self: self.told)
+    @rule(data=st.data(), ends=st.sampled_from(["packed", "packed", "changed", "failed"]))
+    def pack(self, data: st.DataObject, ends: str) -> None:
+        self.step_pack(data.draw(st.sampled_from(sorted(self.told))), ends)
+
+    def step_pack(self, worker: int, ends: str) -> None:
+        episode = self.packing[worker]
+        if episode is None:
+            if self.told[worker]:
+                self.packing[worker] = self.told[worker].popleft()
+                self.said[worker].append(ev.PackBegan(str(self.packing[worker])))
+            return
+        self.packing[worker] = None
+        if ends == "packed" and episode in self.disk:
+            self.shipping[worker].append(episode)
+            self.said[worker].append(ev.Packed(episode, manifest_of(episode), False))
+        else:
+            code = "episode-changed" if ends == "changed" else "outbox-full"
+            self.said[worker].append(ev.PackFailed(episode, code, ends, "f00d"))
+
+    @precondition(lambda self: any(self.shipping.values()))
+    @rule(data=st.data(), answer=st.sampled_from(ANSWERS))
+    def answer(self, data: st.DataObject, answer: Verdict | str) -> None:
+        worker = data.draw(st.sampled_from([one for one, ships in self.shipping.items() if ships]))
+        self.step_answer(worker, data.draw(st.sampled_from(self.shipping[worker])), answer)
+
+    def step_answer(self, worker: int, episode: str, answer: Verdict | str) -> None:
+        self.shipping[worker].remove(episode)
+        manifest = manifest_of(episode)
+        unchanged = answer != "changed" and episode in self.disk
+        if isinstance(answer, str):
+            answer = shipped(manifest)
+        self.answers[episode] = answer
+        self.said[worker].append(ev.Answered(episode, answer, manifest, unchanged))
+
+    @precondition(lambda self: any(self.said.values()))
+    @rule(data=st.data())
+    def hear(self, data: st.DataObject) -> None:
+        worker = data.draw(st.sampled_from([one for one, said in self.said.items() if said]))
+        self.tell(self.said[worker].popleft())
+
+    @precondition(lambda self: set(self.told) - self.draining)
+    @rule(data=st.data())
+    def drain(self, data: st.DataObject) -> None:
+        worker = data.draw(st.sampled_from(sorted(set(self.told) - self.draining)))
+        self.draining.add(worker)
+        self.tell(ev.WorkerLeaving(worker))
+        while self.told[worker]:
+            self.said[worker].append(ev.Returned(self.told[worker].popleft()))
+
+    @precondition(lambda self: self.told)
+    @rule(data=st.data(), heard=st.booleans())
+    def die(self, data: st.DataObject, heard: bool) -> None:
+        """Killed: what it said before is heard (or lost, when the supervisor noticed by sending to it)."""
+        worker = data.draw(st.sampled_from(sorted(self.told)))
+        while heard and self.said[worker]:
+            self.tell(self.said[worker].popleft())
+        for episode in self.book.workers[worker]:
+            if self.book.entries[episode].state in (State.PACKING, State.SHIPPING):
+                self.kills[episode] = self.kills.get(episode, 0) + 1
+        self.leave(worker, died=True)
+
+    @precondition(lambda self: any(not self.with_worker(one) for one in self.draining))
+    @rule(data=st.data())
+    def end_of_drain(self, data: st.DataObject) -> None:
+        worker = data.draw(st.sampled_from(sorted(one for one in self.draining if not self.with_worker(one))))
+        while self.said[worker]:
+            self.tell(self.said[worker].popleft())
+        self.leave(worker, died=False)
+
+    def leave(self, worker: int, *, died: bool) -> None:
+        for mine in (self.told, self.packing, self.shipping, self.said):
+            del mine[worker]
+        self.draining.discard(worker)
+        self.tell(ev.WorkerLeft(worker, died, "killed by signal 9"))
+
+    # What must hold after every step.
+
+    @invariant()
+    def the_book_is_in_order(self) -> None:
+        book = self.book
+        by_state = {state: {one.episode for one in book.entries.values() if one.state is state} for state in State}
+        assert book.ready == sorted((book.entries[one].key, one) for one in by_state[State.READY])
+        assert book.waiting == by_state[State.WAITING]
+        claimed = set().union(*(by_state[state] for state in CLAIMED))
+        had = [episode for episodes in book.workers.values() for episode in episodes]
+        assert sorted(had) == sorted(claimed), "an episode is with at most one worker"
+        for worker, episodes in book.workers.items():
+            assert all(book.entries[one].worker == worker for one in episodes)
+            assert set(self.with_worker(worker)) == episodes
+            packing = [one for one in episodes if book.entries[one].state is not State.SHIPPING]
+            assert len(packing) <= QUEUE_DEPTH
+        breaker = book.breaker
+        assert breaker.probe is None or (breaker.paused and breaker.probe in claimed)
+        assert set(book.shares) <= set(book.workers)
+        loads = {
+            w: t
+            for w, t in book.shares.items()
+            if any(book.entries[e].state is not State.SHIPPING for e in book.workers[w])
+        }
+        assert sum(loads.values()) <= max(book.policy.cores, len(book.workers))
+        wake = next_wake(book)
+        waits = [book.entries[one].not_before for one in book.waiting]
+        if waits:
+            assert wake is not None
+            assert wake <= min(waits)
+
+    def teardown(self) -> None:
+        """Liveness: once the world behaves, everything comes to an end in bounded steps."""
+        if not hasattr(self, "book"):
+            return
+        if not self.told or set(self.told) == self.draining:
+            self.join()
+        self.look()
+        for _ in range(40 * (len(self.disk) + len(self.book.entries) + 5)):
+            for worker in list(self.told):
+                self.step_pack(worker, "packed")
+                for episode in list(self.shipping[worker]):
+                    self.step_answer(worker, episode, "shipped")
+                while self.said[worker]:
+                    self.tell(self.said[worker].popleft())
+            if not self.book.policy.once:
+                self.look()
+            wake = next_wake(self.book)
+            if wake is not None and not any(self.book.workers.values()):
+                self.now = max(self.now, wake)
+            self.tell(ev.Tick())
+            self.the_book_is_in_order()
+            if self.book.idle() and (self.book.policy.once or not self.book.waiting):
+                break
+        assert self.book.idle()
+        self.look()
+        left = {entry.state for entry in self.book.entries.values()}
+        if self.book.policy.once:
+            assert left <= {State.HELD, State.WAITING, State.READY} | CLAIMED
+        else:
+            assert left <= {State.HELD}
+            assert all(state == "held" for state in self.disk.values())
+
+
+World.TestCase.settings = settings(
+    max_examples=100, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck), database=None
+)
+TestWorld = World.TestCase
