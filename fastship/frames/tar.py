@@ -28,6 +28,7 @@ _MAX_EXTENDED_BYTES = 16 << 20
 _WITH_DATA = b"0\x007"  # regular, regular in V7, contiguous; hard links and the rest carry none (as tarfile reads them)
 _WITHOUT_DATA = b"123456"
 _PAX_KEYS = frozenset((b"path", b"linkpath", b"size", b"mtime", b"uid", b"gid"))
+_SPARSE = b"GNU.sparse."
 _ADLER_MODULUS: Final = 65521
 _KINDS = {int(kind): kind for kind in Kind}
 
@@ -51,7 +52,7 @@ class Header:
         if kind is Kind.FILE and self.name.endswith(b"/"):
             kind = Kind.DIRECTORY  # V7 had no type flags
         self.kind = kind
-        self.is_sparse = flag == 0x53 or any(key.startswith(b"GNU.sparse.") for key in extended)
+        self.is_sparse = flag == 0x53 or _SPARSE in extended
 
     @property
     def name(self) -> bytes:
@@ -152,10 +153,11 @@ class TarReader:
                     raise NotTar(f"an extended header of {size} bytes")
                 body = self._take(size)
                 self._skip(-size % BLOCK)
-                extended = {} if extended is None else extended
                 if flag == 0x67:  # g
                     self._global.update(_pax_records(body))
-                elif flag == 0x78:  # x
+                    continue
+                extended = {} if extended is None else extended
+                if flag == 0x78:  # x
                     extended.update(_pax_records(body))
                 else:
                     extended[b"path" if flag == 0x4C else b"linkpath"] = body.partition(b"\0")[0]
@@ -284,7 +286,9 @@ def _pax_records(body: bytes) -> dict[bytes, bytes]:
         key, equals, value = record[space + 1 - at :].partition(b"=")
         if space < 0 or len(record) != length or not equals or not value.endswith(b"\n"):
             raise NotTar("an extended header has a record that is not one")
-        if key in _PAX_KEYS or key.startswith(b"GNU.sparse."):
+        if key in _PAX_KEYS:
             records[key] = value[:-1]
+        elif key.startswith(_SPARSE):
+            records[_SPARSE] = b""  # that there is one says enough; keeping each would be the archive's to fill memory
         at += length
     return records

@@ -122,7 +122,8 @@ class TarStream:
             self._progress(self.content_bytes)
 
     def _add_other(self, entry: Entry, status: os.stat_result) -> None:
-        if stat.S_ISREG(status.st_mode):
+        listed_as_directory = not entry[1]
+        if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode) != listed_as_directory:
             raise EpisodeChanged(f"{printable(entry[2])} was replaced while the episode was read")
         made = self.layout.header_of(entry, status)
         if made is not None:

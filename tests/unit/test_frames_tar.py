@@ -217,3 +217,14 @@ def test_signed_sums_of_old_writers_are_taken() -> None:
     header = TarReader([bytes(block)]).next()
     assert header is not None
     assert header.name == b"caf\xe9"
+
+
+def test_global_headers_cannot_fill_memory() -> None:
+    reader = TarReader([global_header(number) for number in range(50)])
+    assert reader.next() is None
+    assert len(reader._global) == 2
+
+
+def global_header(number: int) -> bytes:
+    records = {f"GNU.sparse.{number}.{i}": "x" for i in range(20)} | {"uid": str(number), f"comment{number}": "y"}
+    return tarfile.TarInfo.create_pax_global_header(records)
