@@ -121,10 +121,10 @@ class Server:
         connection.sendall(head.encode() + data[:send])
         return connection
 
-    def curl(self, *arguments: str) -> tuple[int, bytes]:
-        """Run curl; the final status and the body."""
+    def curl(self, *arguments: str, send: bytes = b"") -> tuple[int, bytes]:
+        """Run curl, with ``send`` on its standard input; the final status and the output."""
         command = ["curl", "-sS", "-m", str(int(WAIT_S)), "-w", "\n%{http_code}", *arguments]
-        done = subprocess.run(command, capture_output=True, check=True, timeout=2 * WAIT_S)
+        done = subprocess.run(command, input=send, capture_output=True, check=True, timeout=2 * WAIT_S)
         body, _, status = done.stdout.rpartition(b"\n")
         return int(status), body
 

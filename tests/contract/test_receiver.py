@@ -120,6 +120,23 @@ def test_a_resumable_upload_by_hand(receiver: Server) -> None:
     assert receiver.create("by-hand", data).status == 200
 
 
+def test_curl_resumes(receiver: Server) -> None:
+    """The commands of docs/protocol.md, Way 2."""
+    data = make_artifact("curl-resume", 2_000_000)
+    url = f"{receiver.url}/v1/episodes/curl-resume"
+    declared = ["-H", "Upload-Complete: ?0", "-H", f"Upload-Length: {len(data)}"]
+    digest = ["-H", f"Repr-Digest: {sha256_field(data)}"]
+    status, head = receiver.curl("-i", "-X", "PUT", url, "-H", "Content-Length: 0", *declared, *digest)
+    assert status == 201
+    location = next(line.split(b": ")[1].decode() for line in head.splitlines() if line.startswith(b"location"))
+    append = ["-X", "PATCH", f"{receiver.url}{location}", "-H", "Content-Type: application/partial-upload", "-T", "-"]
+    part = ["-H", "Upload-Offset: 0", "-H", "Upload-Complete: ?0"]
+    assert receiver.curl(*append, *part, send=data[:700_000])[0] == 204
+    part = ["-H", "Upload-Offset: 700000", "-H", "Upload-Complete: ?1"]
+    assert receiver.curl(*append, *part, send=data[700_000:])[0] == 201
+    check_stored(receiver, "curl-resume", data)
+
+
 def test_an_ended_upload_gives_its_final_answer_again(receiver: Server) -> None:
     data = make_artifact("tombstone")
     location = receiver.create("tombstone", data).headers["location"]

@@ -120,7 +120,6 @@ STEPS = [
     ("fsync", 1),
     ("fsync", 2),
     ("fsync", 3),
-    ("fsync", 4),
     ("rename", 1),
     ("rename", 2),
     ("link", 1),
