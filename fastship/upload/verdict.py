@@ -36,12 +36,16 @@ _STATUS: dict[int, Row] = {
     403: Row(_T, _D, False, "access is refused; see the token's rights at the receiver"),
     # PUT cannot meet a missing *episode*: the URL is wrong, or a proxy has lost its backend.
     404: Row(_T, _D, False, "there is no such resource; see destination.url"),
+    # What answers there takes no PUT at all (a plain web server, a wrong path): true of every episode alike.
+    405: Row(_T, _D, False, "it does not take uploads there; see destination.url"),
     # A proxy on the way wants credentials.
     407: Row(_T, _D, False, "a proxy asks for authentication"),
     # The server gave up waiting for us: its load or our line. Worth one more request at once.
     408: Row(_T, _D, True, "the destination timed out waiting for the request"),
     # The original's S7: same id, other content. Only a person can say which is right.
     409: Row(Outcome.CONFLICT, _E, False, "the receiver holds another content under this id"),
+    # It wants a Content-Length, which every request of ours has: something on the way takes it off.
+    411: Row(_T, _D, False, "it asks for a Content-Length, which was sent: is there a proxy between?"),
     # The original's S10: the recorder's commit is not on the allow-list; the body says what to run.
     412: Row(Outcome.REJECTED, _E, False, "the receiver refuses the commit this episode was recorded with"),
     # The connection reached a server that is not responsible for this host name.

@@ -261,10 +261,10 @@ def test_no_retries_means_none() -> None:
 @pytest.mark.parametrize(
     ("status", "outcome", "scope", "requests"),
     [
-        *[(status, Outcome.TRANSIENT, Scope.DESTINATION, 1) for status in (401, 403, 404, 407, 421)],
+        *[(status, Outcome.TRANSIENT, Scope.DESTINATION, 1) for status in (401, 403, 404, 405, 407, 411, 421)],
         *[(status, Outcome.TRANSIENT, Scope.DESTINATION, 4) for status in (408, 425, 429)],
         *[(status, Outcome.TRANSIENT, Scope.DESTINATION, 1) for status in (301, 302, 307, 308)],
-        *[(status, Outcome.REJECTED, Scope.EPISODE, 1) for status in (400, 402, 405, 406, 410, 411, 412, 413, 422)],
+        *[(status, Outcome.REJECTED, Scope.EPISODE, 1) for status in (400, 402, 406, 410, 412, 413, 422)],
         (409, Outcome.CONFLICT, Scope.EPISODE, 1),
         *[(status, Outcome.TRANSIENT, Scope.NETWORK, 4) for status in (500, 502, 503, 504)],
         *[(status, Outcome.TRANSIENT, Scope.NETWORK, 1) for status in (501, 505, 507)],
