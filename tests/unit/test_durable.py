@@ -1,0 +1,115 @@
+"""Durable writing on a real file system; stopped at each call: tests/crash/test_spool_moves.py."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from sample import files_below
+
+from fastship import durable
+
+
+def test_write_file_replaces_whole_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    for data in (b"first", b"", b"x" * 1_000_000):
+        for sync in (True, False):
+            durable.write_file(path, data, sync=sync)
+            assert files_below(tmp_path) == {"file.json": data}
+    durable.write_file(tmp_path / "secret", b"s", mode=0o600)
+    assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == 0o600
+
+
+def test_write_file_that_fails_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def no_room(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(OSError, match="no room"):
+        durable.write_file(path, b"new")
+    assert files_below(tmp_path) == {"file": b"old"}
+
+
+def test_write_all_goes_on_where_the_kernel_took_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:3]))
+    with open(tmp_path / "file", "wb") as file:
+        durable.write_all(file.fileno(), b"0123456789")
+        durable.write_all(file.fileno(), memoryview(b"abcd"))
+        durable.write_all(file.fileno(), b"")
+    assert (tmp_path / "file").read_bytes() == b"0123456789abcd"
+
+
+def test_append_lines_closes_a_torn_line_off(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    durable.append_lines(path, [b"one", b"two"])
+    with open(path, "ab") as file:
+        file.write(b"torn")
+    durable.append_lines(path, iter([b"three"]))
+    durable.append_lines(path, [b"four"])
+    assert path.read_bytes() == b"one\ntwo\ntorn\nthree\nfour\n"
+
+
+def test_move_refuses_any_target_and_says_which(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "file").write_bytes(b"x")
+    (tmp_path / "in" / "dangling").symlink_to("nothing")
+    (tmp_path / "in" / "empty").mkdir()
+    (tmp_path / "in" / "file").touch()
+    for name in ("dangling", "empty", "file"):
+        with pytest.raises(FileExistsError) as refused:
+            durable.move(tmp_path / "source", tmp_path / "in" / name)
+        assert refused.value.errno == errno.EEXIST
+        assert refused.value.filename == str(tmp_path / "in" / name)
+        assert refused.value.strerror
+    durable.move(tmp_path / "source", tmp_path / "in" / "target")
+    assert files_below(tmp_path / "in" / "target") == {"file": b"x"}
+    durable.move(tmp_path / "in" / "target", tmp_path / "in" / "again")
+    assert not (tmp_path / "source").exists()
+    with pytest.raises(FileNotFoundError):
+        durable.move(tmp_path / "source", tmp_path / "elsewhere")
+
+
+def test_publish_never_replaces(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"new")
+    (tmp_path / "taken").write_bytes(b"old")
+    with pytest.raises(FileExistsError):
+        durable.publish(tmp_path / "source", tmp_path / "taken")
+    assert files_below(tmp_path) == {"source": b"new", "taken": b"old"}
+    durable.publish(tmp_path / "source", tmp_path / "target")
+    assert files_below(tmp_path) == {"target": b"new", "taken": b"old"}
+
+
+def test_unlink_if_present(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert durable.unlink_if_present(tmp_path / "file") is True
+    assert durable.unlink_if_present(tmp_path / "file") is False
+    with pytest.raises(OSError, match="directory"):
+        durable.unlink_if_present(tmp_path)
+
+
+def test_only_files_of_ours_are_temporaries(tmp_path: Path) -> None:
+    (tmp_path / f"{durable.TEMP_PREFIX}file.123").touch()
+    (tmp_path / f"{durable.TEMP_PREFIX}directory").mkdir()
+    (tmp_path / "kept").touch()
+    durable.remove_temporaries(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [f"{durable.TEMP_PREFIX}directory", "kept"]
+
+
+def test_sync_directory_refuses_a_file(tmp_path: Path) -> None:
+    durable.sync_directory(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        durable.sync_directory(tmp_path / "file")
+
+
+def test_the_boot_id_stays_the_same() -> None:
+    assert durable.boot_id() == durable.boot_id()
+    assert len(durable.boot_id()) == 36
