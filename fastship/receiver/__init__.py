@@ -4,8 +4,8 @@ What always holds: an ``Upload-Offset`` that left the receiver is durable; a 201
 receipt are on disk under the episode's name and verified; an artifact once published is never replaced. The wire
 is docs/protocol.md. Inside, imports go one way:
 
-    __main__ > server > app > ingest > (publish | reading) > uploads > partial,
-    and below them decisions > answers, and access
+    __main__ > server > app > (reading | store) > uploads > lock
+    app > reading > request > ingest > partial      uploads > decisions > (access | answers)
 
 Imports ``settings``, ``episode``, ``durable``, ``fields``, ``frames`` and ``errors`` of fastship, never ``upload``.
 The command line and the tests import this package by the two names below.

@@ -119,6 +119,7 @@ def worker_main(arguments: list[str]) -> int:
         os.close(int(arguments[2]))
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     with listening, _signals_end_quietly():
         serve_socket(settings, listening, ready=ready, orphaned=lambda: os.getppid() != parent)
     return EXIT_OK

@@ -11,7 +11,7 @@ for all, at each start) finds the one that waits under the artifact's inode (a l
 makes it again by reading the artifact. A receipt without its artifact says nothing and is removed before that id
 is published.
 
-Blocks on the disk. Imported by ``app`` and ``ingest``.
+Blocks on the disk. Imported by ``app`` and ``server``.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ and ``one-*.part``, bodies of one-shot PUTs, which belong to the process that ho
 What always holds: an offset that is told is durable, data and counter; after another boot the part is cut back to
 what was synced; ``<token>.json`` exists before anybody hears of the token.
 
-Blocks on the disk. Imported by ``store``, ``ingest`` and ``app``.
+Blocks on the disk. Imported by ``store`` and ``app``.
 """
 
 from __future__ import annotations
