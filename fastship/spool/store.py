@@ -252,15 +252,22 @@ class Spool:
         if source.is_dir() and not target.exists():
             durable.move(source, target)
         if target.is_dir():
-            try:
-                durable.write_file(target / REASON_FILE, msgspec.json.format(msgspec.json.encode(condemned.reason)))
-            except PermissionError:  # a read-only directory of another owner: beside it, then
-                beside = target.with_name(f"{target.name}.{REASON_FILE}")
-                durable.write_file(beside, msgspec.json.encode(condemned.reason))
+            self._put_reason(target, condemned.reason)
         if is_episode_id(name):
             self.outbox.remove(name)
             durable.unlink_if_present(self.paths.holds / f"{name}.json")
         durable.unlink_if_present(path)
+
+    def _put_reason(self, target: Path, reason: QuarantineReason) -> None:
+        # Written outside and moved in: a crash may leave no temporary file among the episode's own.
+        staged = self.paths.quarantine / f"{durable.TEMP_PREFIX}{REASON_FILE}"
+        durable.write_file(staged, msgspec.json.format(msgspec.json.encode(reason)))
+        try:
+            os.rename(staged, target / REASON_FILE)
+            durable.sync_directory(target)
+        except PermissionError:  # a directory of another owner: beside it, then
+            os.rename(staged, target.with_name(f"{target.name}.{REASON_FILE}"))
+        durable.sync_directory(self.paths.quarantine)
 
     def _condemned_path(self, name: str) -> Path:
         # By digest: any name fits, however long or odd.
