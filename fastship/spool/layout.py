@@ -64,7 +64,7 @@ class Lock:
     """The spool lock (``flock(2)``), held from construction to `release`, and by every process that inherits `fd`."""
 
     def __init__(self, path: Path, *, wait_s: float) -> None:
-        """Raises `SpoolBusy` when another instance still holds it after ``wait_s``."""
+        """Raises `SpoolBusy` when another instance runs, or when what is left of one holds it after ``wait_s``."""
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         deadline = time.monotonic() + wait_s
         while True:
@@ -72,10 +72,10 @@ class Lock:
                 fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() < deadline:
+                owner = os.pread(self.fd, 20, 0).decode("ascii", "replace").strip()
+                if time.monotonic() < deadline and not _is_running(owner):
                     time.sleep(0.02)
                     continue
-                owner = os.pread(self.fd, 20, 0).decode("ascii", "replace").strip()
                 os.close(self.fd)
                 raise SpoolBusy(
                     f"another fastship holds {path.parent.parent}" + (f" (process {owner})" if owner else ""),
@@ -89,3 +89,12 @@ class Lock:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def _is_running(pid: str) -> bool:
+    """Whether a process is more than an entry that nobody has waited for (``proc_pid_stat(5)``)."""
+    try:
+        state = Path(f"/proc/{int(pid)}/stat").read_text(encoding="latin-1").rpartition(")")[2].split()[0]
+    except (OSError, ValueError, IndexError):
+        return False
+    return state not in "ZX"
