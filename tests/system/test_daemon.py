@@ -164,7 +164,7 @@ def test_an_idle_spool_of_many_unfinished_episodes_costs_little(lab: Lab, tmp_pa
             return sum(sum(one.cpu_times()[:2]) for one in processes)
 
         before, began = cpu_s(), time.monotonic()
-        time.sleep(4.0)
+        time.sleep(2.0)
         share = (cpu_s() - before) / (time.monotonic() - began)
         print(f"idle, 5,000 unfinished episodes: {100 * share:.1f} % of a core")
         last = lab.episodes / "unfinished04999" / MARKER

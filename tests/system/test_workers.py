@@ -176,7 +176,7 @@ def test_busy_supervisor_does_not_take_its_workers_for_silent(lab: Lab, destinat
         seen.update(worker.pid for worker in workers_of())
         if not busy.is_set() and lab.names("shipped"):
             busy.set()
-            threading.Event().wait(3.0)  # a disk that hangs, say
+            threading.Event().wait(2.5)  # a disk that hangs, say
 
     settings = lab.settings({"workers": {"heartbeat_timeout_s": "2s"}, "spool": {"scan_interval_s": "100ms"}})
     with Daemon(settings, heartbeat) as daemon:
@@ -247,7 +247,7 @@ def test_one_huge_episode_gets_every_thread_and_small_ones_one_each(lab: Lab, de
         elif snapshot.ready and len(workers) == 4 and all(worker.packing for worker in workers):
             small.extend(worker.threads for worker in workers)
 
-    crew: Sections = {"pack": {"threads": 4, "level": 19, "frame_bytes": "512KiB"}, "workers": {"count": 4}}
+    crew: Sections = {"pack": {"threads": 4, "level": 16, "frame_bytes": "512KiB"}, "workers": {"count": 4}}
     lab.episode("huge", files={"data": telemetry(6 << 20)})
     assert Shipper(lab.settings(crew), observer=look).run_once().shipped == 1
     for number in range(20):
