@@ -19,8 +19,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 demo: $(VENV)/.demo-ready
 	$(BIN)/fastship demo
 
+# Two at a time: half of the tests' time is waiting for a real server, worker or limit.
 test: $(VENV)/.dev-ready
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 check: $(VENV)/.dev-ready
 	$(BIN)/ruff check
