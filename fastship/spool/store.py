@@ -317,7 +317,13 @@ class Spool:
     def _quarantine_path(self, name: str) -> Path:
         path = self.paths.quarantine / name
         # An empty name would be quarantine/ itself.
-        if not name or name != Path(name).name or name.startswith(".") or not path.is_dir() or path.is_symlink():
+        if (
+            not name
+            or name != Path(name).name
+            or name.startswith(".")
+            or not os.path.isdir(path)
+            or os.path.islink(path)
+        ):
             raise UsageError(f"{name} is not in quarantine", remedy="see: fastship quarantine list")
         return path
 
