@@ -1,0 +1,110 @@
+"""Artifacts in the outbox: what is believed, and what is removed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+from sample import manifest_of, put_artifact
+
+from fastship import durable
+from fastship.episode import Manifest
+from fastship.spool import Outbox, Spool, is_intact
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Spool:
+    made = Spool(tmp_path / "spool")
+    made.create()
+    return made
+
+
+def place(outbox: Outbox, data: bytes, manifest: Manifest) -> None:
+    outbox.artifact(manifest.episode).write_bytes(data)
+    outbox.manifest(manifest.episode).write_bytes(msgspec.json.encode(manifest))
+
+
+def test_a_committed_artifact_is_found(spool: Spool) -> None:
+    manifest = put_artifact(spool, "ep", b"data")
+    assert spool.outbox.peek("ep") == spool.outbox.find("ep") == manifest
+    assert sorted(os.listdir(spool.paths.outbox)) == ["ep.manifest.json", "ep.tar.zst"]
+
+
+def test_a_new_one_replaces_the_old(spool: Spool) -> None:
+    put_artifact(spool, "ep", b"old!")
+    manifest = put_artifact(spool, "ep", b"new!")
+    assert spool.outbox.find("ep") == manifest
+    assert spool.outbox.artifact("ep").read_bytes() == b"new!"
+
+
+def test_an_older_partial_is_begun_anew(spool: Spool) -> None:
+    with spool.outbox.begin("ep") as sink:
+        sink.write(b"a longer beginning")
+    with spool.outbox.begin("ep") as sink:
+        sink.write(b"short")
+    assert spool.outbox.partial("ep").read_bytes() == b"short"
+    assert spool.outbox.find("ep") is None
+
+
+def test_an_artifact_of_this_boot_is_believed_by_its_size(spool: Spool) -> None:
+    manifest = manifest_of("ep", artifact=b"data", boot_id=durable.boot_id())
+    place(spool.outbox, b"DATA", manifest)
+    assert spool.outbox.find("ep") == manifest
+
+
+@pytest.mark.parametrize("boot_id", ["", "another-boot"])
+def test_an_artifact_of_another_boot_is_digested_first(spool: Spool, boot_id: str) -> None:
+    manifest = manifest_of("ep", artifact=b"data", boot_id=boot_id)
+    place(spool.outbox, b"data", manifest)
+    assert spool.outbox.find("ep") == manifest
+    place(spool.outbox, b"dat\0", manifest)  # the right size, and zeros: a power loss
+    assert spool.outbox.find("ep") is None
+    assert spool.outbox.peek("ep") == manifest
+
+
+def test_what_does_not_fit_together_is_not_found(spool: Spool) -> None:
+    outbox = spool.outbox
+    assert outbox.find("ep") is None
+    manifest = manifest_of("ep", artifact=b"data")
+    for data in (b"dat", b"data+", b""):
+        place(outbox, data, manifest)
+        assert outbox.find("ep") is None
+    place(outbox, b"data", manifest_of("other", artifact=b"data"))
+    os.rename(outbox.artifact("other"), outbox.artifact("ep"))
+    os.rename(outbox.manifest("other"), outbox.manifest("ep"))
+    assert outbox.find("ep") is None, "the manifest of another episode"
+    place(outbox, b"data", manifest)
+    for raw in (b"", b"{", b"{}", b"\xff"):
+        outbox.manifest("ep").write_bytes(raw)
+        assert outbox.find("ep") is None
+    place(outbox, b"data", manifest)
+    outbox.artifact("ep").unlink()
+    assert outbox.find("ep") is None
+
+
+def test_is_intact(tmp_path: Path) -> None:
+    manifest = manifest_of("ep", artifact=b"data")
+    (tmp_path / "a").write_bytes(b"data")
+    assert is_intact(tmp_path / "a", manifest)
+    (tmp_path / "a").write_bytes(b"date")
+    assert not is_intact(tmp_path / "a", manifest)
+    assert not is_intact(tmp_path / "nothing", manifest)
+    assert not is_intact(tmp_path, manifest)
+
+
+def test_removing_takes_all_of_one_and_may_be_repeated(spool: Spool) -> None:
+    for name in ("ep", "ep.tar", "ep-2"):
+        put_artifact(spool, name)
+        spool.outbox.begin(name).close()
+    for _ in range(2):
+        spool.outbox.remove("ep")
+        assert spool.outbox.episodes() == {"ep.tar", "ep-2"}
+    assert len(os.listdir(spool.paths.outbox)) == 6
+
+
+def test_only_files_of_ours_count_as_episodes(spool: Spool) -> None:
+    for name in ("README", ".tmp-ep.manifest.json.12", "x.tar", "a.tar.zst", "b.tar.zst.partial", "c.manifest.json"):
+        (spool.paths.outbox / name).touch()
+    assert spool.outbox.episodes() == {"a", "b", "c"}
