@@ -105,6 +105,14 @@ class Book:
         self.scanned = 0  # episodes that were ever entered
         self.transient = 0  # attempts that ended without a verdict on the episode
 
+    def begin_afresh(self, policy: Policy) -> None:
+        """Go by new settings: the destination may be another one now, so nothing of the old one's pause counts."""
+        self.policy = policy
+        self.breaker = Breaker()
+        for episode in self.waiting:
+            self.entries[episode].not_before = 0.0
+        self.alarms = [(0.0, episode) for episode in self.waiting]
+
     def count(self, *states: State) -> int:
         """How many entries are in one of ``states``."""
         return sum(1 for entry in self.entries.values() if entry.state in states)

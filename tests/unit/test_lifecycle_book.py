@@ -293,6 +293,18 @@ def test_retries_come_later_and_later() -> None:
     assert pauses == [1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
 
 
+def test_new_settings_try_again_at_once_what_waits() -> None:
+    desk = Desk()
+    desk.tell(ev.WorkerJoined(1))
+    desk.find("a", "b")
+    for name in "ab":
+        desk.ship(name, FAULT)
+    desk.book.begin_afresh(policy(in_flight=8))
+    assert next_wake(desk.book) == 0.0
+    assert [name for _, name in assigned(desk.tell(ev.Tick()))] == ["a", "b"]
+    assert not desk.book.breaker.paused
+
+
 def test_a_single_pass_attempts_each_once() -> None:
     desk = Desk(once=True)
     desk.tell(ev.WorkerJoined(1))
