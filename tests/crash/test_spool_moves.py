@@ -42,6 +42,7 @@ class Calls:
     def wrap(self, patch: pytest.MonkeyPatch) -> None:
         for name in CHANGING:
             patch.setattr(os, name, self._wrapped(name, getattr(os, name)))
+        patch.setattr(os, "getpid", lambda: 1 << 30)  # who repairs is another process: other temporary names
         real_open = os.open
 
         def opened(path: Any, flags: int, *args: Any, **more: Any) -> int:
@@ -343,9 +344,9 @@ def test_a_journal_whose_maker_died_before_its_name_was_durable_is_made_durable_
 def test_a_quarantine_is_durable_before_the_episode_moves(tmp_path: Path) -> None:
     move = MOVES["quarantine"]
     calls = run(new_spool(tmp_path / "spool", move), move, None)
-    decision, moved, reason = (number for number, (call, _) in enumerate(calls.made) if call == "rename")
+    decision, moved, staged, reason = (number for number, (call, _) in enumerate(calls.made) if call == "rename")
     syncs = calls.positions("fsync", "/quarantine")
-    assert decision < syncs[0] < moved < syncs[1] < reason
+    assert decision < syncs[0] < moved < syncs[1] < staged < reason
     (forgotten,) = [n for n, (call, about) in enumerate(calls.made) if call == "unlink" and ".condemned-" in about]
     (reason_named,) = calls.positions("fsync", "/quarantine/ep~1")
     assert reason < reason_named < forgotten
