@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -93,16 +94,19 @@ def write_line(text: str = "") -> None:
 
 
 def write_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, right: frozenset[int] = frozenset()) -> None:
-    """A table with columns ``right`` aligned right: folded to a terminal's width, never cut on a pipe.
+    """A table with columns ``right`` aligned right: folded to a terminal's width, never cut on a pipe
+    or on a terminal too narrow to fold it for.
 
-    Cells are shown through `printable_lines`. The first column is never folded away.
+    Cells are shown through `printable_lines`.
     """
     cells = [[printable_lines(cell) for cell in row] for row in rows]
-    if sys.stdout.isatty():
-        _write_rich_table(headings, cells, right)
-        return
     flat = [[cell.replace("\n", " ") for cell in row] for row in cells]
     widths = [max(map(len, column)) for column in zip(headings, *flat, strict=True)]
+    # What cannot be folded, and a little of the rest: on a terminal narrower than that, columns would vanish.
+    least = sum(width if number in right else min(width, 12) for number, width in enumerate(widths)) + 2 * len(widths)
+    if sys.stdout.isatty() and shutil.get_terminal_size().columns >= least:
+        _write_rich_table(headings, cells, right)
+        return
     for row in (headings, *flat):
         padded = (
             cell.rjust(width) if number in right else cell.ljust(width)

@@ -125,7 +125,9 @@ def check(invocation: Invocation, source: SettingsSource, as_json: bool) -> None
         write_json({"ok": not problems, "problems": problems})
     if problems:
         raise SettingsError(
-            "; ".join(problems) if len(problems) == 1 else "\n  ".join(["", *problems]),
+            "; ".join(problems)
+            if len(problems) == 1
+            else "\n  ".join([f"{len(problems)} things are wrong:", *problems]),
             remedy="correct it" if len(problems) == 1 else "correct them",
         )
     if not as_json and not invocation.quiet:

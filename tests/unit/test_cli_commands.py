@@ -82,6 +82,17 @@ def test_each_command_has_help(run: Run, command: str) -> None:
     assert f"Usage: fastship {command}" in ran.out
 
 
+def test_the_readme_names_every_command_and_each_flag_of_the_main_ones() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert set(COMMANDS) == set(cli.fastship.commands)
+    for name in COMMANDS:
+        assert f"`fastship {name}" in readme
+    for name in ("demo", "init", "receive"):
+        flags = {flag for option in cli.fastship.commands[name].params for flag in option.opts if flag.startswith("--")}
+        for flag in flags - {"--quiet", "--debug", "--json", "--config", "--profile", "--set"}:
+            assert f"[{flag}" in readme or f" {flag} " in readme
+
+
 def test_version(run: Run) -> None:
     assert run("--version").out.startswith("fastship ")
 

@@ -109,3 +109,15 @@ def test_a_line_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPa
     with open(os.devnull, "w", encoding="ascii") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         output.write_line("grün")  # would raise UnicodeEncodeError
+
+
+@pytest.mark.parametrize("columns", [20, 38, 60, 120])
+def test_no_column_vanishes_on_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    output.write_table(["EPISODE", "RAW", "VERDICT"], [["first-one", "125 kB", "equal"]], right=frozenset({1}))
+    shown = capsys.readouterr().out
+    for part in ("EPISODE", "RAW", "VERDICT", "first-one", "125 kB", "equal"):
+        assert part in shown
