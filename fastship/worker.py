@@ -69,7 +69,6 @@ class Worker:
         self._under_way: dict[str, _Progress] = {}
         self._manifests: dict[str, Manifest] = {}
         self._draining = False
-        self._answering = threading.Lock()  # from when an episode is not under way any more until that is said
         self._session = Session(
             settings.destination, settings.upload, on_progress=self._shipped_bytes, on_verdict=self._judged
         )
@@ -101,9 +100,10 @@ class Worker:
                 continue
             if not self._draining:
                 return 1  # an exception that nobody foresaw ended it and is printed: the episode goes to another worker
-            if not self._under_way:
-                with self._answering:
-                    return 0
+            # Nothing more is begun, and what waits for a retry gets its verdict now: the artifacts go on another day.
+            if self._session.drain(0.0):
+                self._checker.shutdown()
+                return 0
 
     def _drain(self) -> None:
         if self._draining:
@@ -210,8 +210,8 @@ class Worker:
                 unchanged = now == manifest.fingerprint
             except (PackError, OSError):
                 unchanged = False
-        with self._answering, contextlib.suppress(ipc.Closed):
-            del self._under_way[episode]  # first: it may be given to us again as soon as it is answered
+        del self._under_way[episode]  # first: it may be given to us again as soon as it is answered
+        with contextlib.suppress(ipc.Closed):
             self._channel.send(Answered(episode, verdict, manifest, unchanged))
 
 
