@@ -343,7 +343,8 @@ class Supervisor:
         else:
             log.info("reloaded")
             self._settings = new
-            self._book.policy = policy_of(new, once=self._once)
+            self._book.begin_afresh(policy_of(new, once=self._once))
+            self._tally.url = new.destination.url
             self._spool.order = new.spool.order
             self._patrol.settings = self._crew.settings = new
             self._dismiss_present()

@@ -29,6 +29,7 @@ log = structlog.get_logger(__name__)
 
 NOTICE_S = 0.02  # markers are gathered for so long: a recorder that makes many files wakes us 50 times a second at most
 LOOK_SHARE = 0.005  # of one core
+SLOWER = "until then markers are seen every spool.scan_interval_s only"
 HOLD_LOOK_S = 60.0  # held episodes are looked at again so often: it takes a walk through each
 
 
@@ -53,6 +54,7 @@ class Patrol:
         self._feed = feed
         self._settle = settle
         self._watch: MarkerWatch | None = None
+        self._said_full = False
         self._notice_at: float | None = None
         self._next_look = self._next_pass = self._next_hold_look = self._next_cleanup = 0.0
 
@@ -69,7 +71,7 @@ class Patrol:
         try:
             self._watch = MarkerWatch(paths.episodes, paths.requests)
         except OSError as error:
-            log.warning("no-inotify", error=str(error), remedy="new markers are seen every spool.scan_interval_s only")
+            log.warning("no-inotify", error=str(error), remedy=SLOWER)
             return
         self._selector.register(self._watch, selectors.EVENT_READ, self.notice)
 
@@ -138,6 +140,10 @@ class Patrol:
         if self._watch is not None:
             late = [name for name in self._watch.follow(look.recording) if self._is_ready(name)]
             look.ready.extend((self._spool.key(name), name) for name in late)
+            if self._watch.full and not self._said_full:
+                self._said_full = True
+                remedy = f"raise fs.inotify.max_user_watches; {SLOWER}"
+                log.warning("inotify-full", unfinished=len(look.recording), remedy=remedy)
         self.recording = len(look.recording)
         self._feed(Found(look.ready, look.held, look.impossible))
         self._look_at_holds(look.held)

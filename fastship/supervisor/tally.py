@@ -24,7 +24,7 @@ class Tally:
     """Of one run of the supervisor."""
 
     def __init__(self, url: str, *, once: bool) -> None:
-        self._url = url
+        self.url = url
         self._once = once
         self._started = time.monotonic()
         self._started_wall = time.time()
@@ -112,7 +112,7 @@ class Tally:
             held=book.count(State.HELD),
             totals=self.totals(book),
             destination=status.DestinationStatus(
-                url=self._url, state=state, reason=breaker.reason, retry_in_s=retry_in_s
+                url=self.url, state=state, reason=breaker.reason, retry_in_s=retry_in_s
             ),
             progress=[_progress(hand, one) for hand in present for one in hand.under_way],
             recent=list(self._recent),
