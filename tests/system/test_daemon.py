@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import signal
+import socket
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +15,7 @@ import msgspec
 import psutil
 import pytest
 from lab import (
+    GENEROUS_S,
     Command,
     Daemon,
     Destination,
@@ -41,6 +43,23 @@ def running(lab: Lab, log: Path, sections: Sections | None = None) -> Command:
         lambda: (look := lab.snapshot()) and look.pid == command.process.pid and look.workers, "the daemon to be ready"
     )
     return command
+
+
+def test_a_drain_does_not_wait_for_retries(lab: Lab, destination: Destination) -> None:
+    """What would be repeated in ten minutes is left for the next start."""
+    destination.say("*", Reply(500))
+    never: Sections = {
+        "upload": {"retries": 9, "retry_min_s": "10min", "retry_max_s": "10min", "connections": 2},
+        "workers": {"drain_timeout_s": "1h"},
+    }
+    with Daemon(lab.settings(never)) as daemon:
+        for number in range(6):
+            lab.episode(f"ep{number}")
+        wait_until(lambda: len(destination.heard) == 2, "both connections to be waiting")
+        wait_until(lambda: len(lab.names("outbox")) > 6, "more artifacts in line")
+        assert daemon.stop().shipped == 0
+    destination.says.clear()
+    assert lab.once().shipped == 6
 
 
 @pytest.mark.parametrize("terms", [1, 2])
@@ -103,6 +122,46 @@ def test_sighup_reloads(lab: Lab, destination: Destination, tmp_path: Path) -> N
     assert "pack.lvl" in log
     assert "token-of-today" not in log
     assert "Traceback" not in log
+
+
+def test_sighup_ends_the_pause_of_a_wrong_destination(lab: Lab, destination: Destination, tmp_path: Path) -> None:
+    """The operator corrects the URL and reloads: nobody waits for the end of a pause that the old one has earned."""
+    wrong: Sections = {"destination": {"url": "http://127.0.0.1:9", "pause_min_s": "1h", "pause_max_s": "1h"}}
+    with running(lab, tmp_path / "log", {**wrong, "upload": {"retries": 0}}) as command:
+        for number in range(4):
+            lab.episode(f"ep{number}")
+        wait_until(lambda: (look := lab.snapshot()) and look.destination.state == "paused", "the pause")
+        lab.settings_file()
+        command.signal(signal.SIGHUP)
+        wait_until(lambda: len(lab.names("shipped")) == 4, "the queue")
+        wait_until(lambda: (look := lab.snapshot()) and look.destination.url == destination.url, "the new address")
+        command.signal(signal.SIGTERM)
+        assert command.wait() == EXIT_OK
+
+
+def test_systemd_is_told(lab: Lab, destination: Destination, tmp_path: Path) -> None:
+    """sd_notify(3): ready, the watchdog each pass, reloading, stopping."""
+    address = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(address)
+        sock.settimeout(GENEROUS_S)
+        heard: list[str] = []
+
+        def hear(wanted: str) -> None:
+            while wanted not in heard:
+                heard.append(sock.recv(4096).decode().partition("\n")[0])
+            heard.clear()
+
+        settings = lab.settings_file({"spool": {"scan_interval_s": "50ms"}})
+        with Command("run", "-c", settings, log=tmp_path / "log", env={"NOTIFY_SOCKET": address}) as command:
+            hear("READY=1")
+            hear("WATCHDOG=1")
+            command.signal(signal.SIGHUP)
+            hear("RELOADING=1")
+            hear("READY=1")
+            command.signal(signal.SIGTERM)
+            hear("STOPPING=1")
+            assert command.wait() == EXIT_OK
 
 
 def test_second_instance_is_refused(lab: Lab, tmp_path: Path) -> None:
