@@ -62,7 +62,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     level: int
     fingerprint: str  # hex, of every member's name, kind, mode, size, mtime: has the episode changed since?
     code_commit: str | None = None
-    skipped: tuple[str, ...] = ()  # sockets, as paths within the episode
+    skipped: tuple[str, ...] = ()  # sockets, as paths within the episode; the first 100
     boot_id: str = ""  # of the boot that wrote the artifact
     seconds: float = 0.0  # wall
     cpu_seconds: float = 0.0  # of the whole process while packing

@@ -26,6 +26,9 @@ from fastship.pack.stream import Layout, Owner, TarStream
 from fastship.pack.walk import printable, read_fault, walk
 
 
+SKIPPED_NAMED = 100  # a manifest travels in one message of at most 2 MiB (ipc)
+
+
 class Sink(Protocol):
     """Where an artifact goes: a file opened for writing, buffered or not, or anything with its ``write``."""
 
@@ -80,7 +83,7 @@ def pack(
         level=options.level,
         fingerprint=stream.layout.fingerprint(),
         code_commit=code_commit,
-        skipped=tuple(stream.layout.skipped),
+        skipped=tuple(stream.layout.skipped[:SKIPPED_NAMED]),
         boot_id=durable.boot_id(),
         seconds=time.monotonic() - wall,
         cpu_seconds=time.process_time() - cpu,

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
+import structlog
 
 from fastship import durable
 from fastship.episode import MARKER, Manifest, Receipt, is_episode_id
@@ -27,6 +28,8 @@ from fastship.errors import UsageError
 from fastship.lifecycle import Facts
 from fastship.spool.layout import Layout, Lock
 from fastship.spool.outbox import Outbox
+
+log = structlog.get_logger(__name__)
 
 REASON_FILE = "quarantine_reason.json"
 _CONDEMNED_PREFIX = ".condemned-"
@@ -189,7 +192,7 @@ class Spool:
         failed: dict[str, OSError] = {}
         for episode, _, _ in batch:
             try:
-                os.rename(self.paths.episodes / episode, _free(self.paths.shipped, episode))
+                durable.rename_directory(self.paths.episodes / episode, _free(self.paths.shipped, episode))
             except OSError as error:
                 failed[episode] = error
         durable.sync_directory(self.paths.shipped)
@@ -232,14 +235,20 @@ class Spool:
         return target
 
     def finish_quarantines(self) -> None:
-        """Complete the quarantines and removals that a crash interrupted. At start; may be repeated."""
+        """Complete the quarantines and removals that a crash interrupted. At start; may be repeated.
+
+        One that cannot be completed now (a full disk) is logged and left for the next start: it stops nobody else.
+        """
         for entry in list(os.scandir(self.paths.quarantine)):
             if entry.name.startswith(_CONDEMNED_PREFIX):
                 try:
                     condemned = msgspec.json.decode(Path(entry.path).read_bytes(), type=_Condemned)
                 except (msgspec.MsgspecError, IsADirectoryError):  # not one that we wrote
                     continue
-                self._finish_quarantine(Path(entry.path), condemned)
+                try:
+                    self._finish_quarantine(Path(entry.path), condemned)
+                except OSError as error:
+                    log.error("quarantine-unfinished", entry=entry.name, error=str(error))
             elif entry.name.startswith(_REMOVING_PREFIX):
                 shutil.rmtree(entry.path, ignore_errors=True)
 
@@ -417,14 +426,24 @@ class Spool:
     # --- sweeping --------------------------------------------------------------------------------------------
 
     def sweep(self) -> list[str]:
-        """Remove outbox files and holds whose episode is not in ``episodes/`` any more; returns those ids."""
+        """Remove outbox files and holds whose episode is not in ``episodes/`` any more; returns those ids.
+
+        What cannot be removed (somebody's directory named like an artifact) is logged and left.
+        """
         ids = self.outbox.episodes()
         ids.update(name.removesuffix(".json") for name in os.listdir(self.paths.holds) if name.endswith(".json"))
-        stale = sorted(episode for episode in ids if not (self.paths.episodes / episode).is_dir())
-        for episode in stale:
-            self.outbox.remove(episode)
-            self.release(episode)
-        return stale
+        swept = []
+        for episode in sorted(ids):
+            if (self.paths.episodes / episode).is_dir():
+                continue
+            try:
+                self.outbox.remove(episode)
+                self.release(episode)
+            except OSError as error:
+                log.warning("sweep-failed", episode=episode, error=str(error))
+            else:
+                swept.append(episode)
+        return swept
 
     def remove_temporaries(self) -> None:
         """Remove what interrupted writes left. At start only, under the lock."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,31 @@ def test_sync_directory_refuses_a_file(tmp_path: Path) -> None:
 def test_the_boot_id_stays_the_same() -> None:
     assert durable.boot_id() == durable.boot_id()
     assert len(durable.boot_id()) == 36
+
+
+def test_a_read_only_directory_is_renamed_by_its_owner() -> None:
+    program = """
+import os, pathlib, sys, tempfile
+from fastship import durable
+if os.geteuid() == 0:  # root may write everywhere
+    os.setgroups([])
+    os.setresgid(65534, 65534, 65534)
+    os.setresuid(65534, 65534, 65534)
+with tempfile.TemporaryDirectory() as root:
+    source, target = pathlib.Path(root, "from", "ep"), pathlib.Path(root, "to", "ep")
+    source.mkdir(parents=True)
+    target.parent.mkdir()
+    (source / "file").write_bytes(b"data")
+    source.chmod(0o555)
+    try:
+        os.rename(source, target)
+        sys.exit("the kernel lets it through: this test shows nothing")
+    except PermissionError:
+        pass
+    durable.rename_directory(source, target)
+    assert (target / "file").read_bytes() == b"data"
+    assert target.stat().st_mode & 0o777 == 0o555, oct(target.stat().st_mode)
+    target.chmod(0o755)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

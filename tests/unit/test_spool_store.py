@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -11,6 +12,7 @@ import msgspec
 import pytest
 from sample import MTIME_NS, files_below, hold_record, make_episode, manifest_of, put_artifact, receipt_of
 
+from fastship import durable
 from fastship.episode import MARKER
 from fastship.errors import UsageError
 from fastship.lifecycle import State, infer
@@ -447,3 +449,30 @@ def test_temporaries_go_and_nothing_else(spool: Spool) -> None:
         (directory / ".tmp-x.json.123").write_bytes(b"torn")
     spool.remove_temporaries()
     assert files_below(spool.paths.root) == before
+
+
+def test_what_cannot_be_swept_stops_nothing(spool: Spool) -> None:
+    (spool.paths.outbox / "somebody.tar.zst").mkdir()
+    (spool.paths.outbox / "gone.tar.zst").write_bytes(b"x")
+    assert spool.sweep() == ["gone"]
+    assert (spool.paths.outbox / "somebody.tar.zst").is_dir()
+
+
+def test_a_quarantine_that_cannot_be_finished_stops_nothing(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_episode(spool.paths.episodes, "one")
+    path = spool._condemned_path("one")
+    with monkeypatch.context() as patch:
+        patch.setattr(spool, "_finish_quarantine", lambda *_: None)
+        spool.quarantine("one", status_code=422, error="no", body="")
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "move", raise_full)
+        spool.finish_quarantines()
+    assert path.exists()
+    assert (spool.paths.episodes / "one").is_dir()
+    spool.finish_quarantines()
+    assert not path.exists()
+    assert (spool.paths.quarantine / "one").is_dir()
+
+
+def raise_full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
