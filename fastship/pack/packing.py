@@ -25,7 +25,6 @@ from fastship.pack.headers import BLOCK, END_OF_ARCHIVE
 from fastship.pack.stream import Layout, Owner, TarStream
 from fastship.pack.walk import printable, read_fault, walk
 
-
 SKIPPED_NAMED = 100  # a manifest travels in one message of at most 2 MiB (ipc)
 
 

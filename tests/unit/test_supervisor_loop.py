@@ -1,0 +1,33 @@
+"""Small pieces of the loop; what it does as a whole is shown in tests/system with real processes."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastship.lifecycle.events import Quarantine
+from fastship.settings import Settings
+from fastship.supervisor.loop import _remediation_in, policy_of, thread_count, worker_count
+
+
+def test_the_remediation_of_a_412_is_read_out() -> None:
+    body = '{"your_commit":"a","head_commit":"b","remediation":"git pull","more":{"x":1}}'
+    told = _remediation_in(Quarantine("ep", 412, "no", body))
+    assert told == {"your_commit": "a", "head_commit": "b", "remediation": "git pull"}
+
+
+@pytest.mark.parametrize("body", ["", "no json", "[1]", "[" * 100_000, '{"a":' * 100_000])
+def test_a_412_that_says_nothing_readable_is_shown_as_it_is(body: str) -> None:
+    assert _remediation_in(Quarantine("ep", 412, "no", body)) == {"body": body}
+
+
+def test_other_refusals_have_none() -> None:
+    assert _remediation_in(Quarantine("ep", 422, "no", '{"remediation":"x"}')) == {}
+
+
+def test_workers_follow_threads_and_threads_follow_cores() -> None:
+    settings = Settings.load(overrides=["pack.threads=3"])
+    assert (thread_count(settings), worker_count(settings)) == (3, 3)
+    settings = Settings.load(overrides=["pack.threads=3", "workers.count=1"])
+    assert worker_count(settings) == 1
+    assert thread_count(Settings()) >= 1
+    assert policy_of(settings, once=True).cores == 3

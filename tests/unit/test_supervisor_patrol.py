@@ -1,0 +1,156 @@
+"""What the patrol finds on a real disk and tells the book; the loop around it is shown in tests/system."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from sample import hold_record, make_episode
+
+from fastship.lifecycle import Book, State, decide
+from fastship.lifecycle.events import Event, Found, Gone, Released
+from fastship.pack import fingerprint
+from fastship.settings import Settings
+from fastship.spool import HoldRecord, Spool, requests
+from fastship.supervisor import patrol as patrol_module
+from fastship.supervisor.loop import policy_of
+from fastship.supervisor.patrol import Patrol
+
+
+def held_as(reason: str, fingerprint: str) -> HoldRecord:
+    return msgspec.structs.replace(hold_record("ep"), reason=reason, fingerprint=fingerprint)
+
+
+class Beat:
+    """A patrol, with all that it told."""
+
+    def __init__(self, root: Path) -> None:
+        self.settings = Settings.load(profile="ci", values={"spool": {"root": root}})
+        self.spool = Spool(root)
+        self.spool.create()
+        self.book = Book(policy_of(self.settings, once=False))
+        self.selector = selectors.DefaultSelector()
+        self.told: list[Event] = []
+        self.settled = 0
+        self.patrol = Patrol(self.settings, self.spool, self.book, self.selector, feed=self._feed, settle=self._settle)
+
+    def _feed(self, event: Event) -> None:
+        self.told.append(event)
+        decide(self.book, event, time.monotonic())
+
+    def _settle(self) -> None:
+        self.settled += 1
+
+    def wait_for_notice(self) -> None:
+        end = time.monotonic() + 30.0
+        before = len(self.told)
+        while len(self.told) == before and time.monotonic() < end:
+            for key, _ in self.selector.select(0.05):
+                key.data()
+            self.patrol.turn(None)
+
+
+@pytest.fixture
+def beat(tmp_path: Path) -> Iterator[Beat]:
+    made = Beat(tmp_path / "spool")
+    yield made
+    made.patrol.close()
+    made.selector.close()
+
+
+@pytest.fixture(autouse=True)
+def _look_at_holds_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patrol_module, "HOLD_LOOK_S", 0.0)
+
+
+def test_a_look_settles_first_and_tells_all(beat: Beat) -> None:
+    make_episode(beat.spool.paths.episodes, "ready")
+    make_episode(beat.spool.paths.episodes, "recording", marker=False)
+    make_episode(beat.spool.paths.episodes, "no id")
+    beat.patrol.look()
+    assert beat.settled == 1
+    assert beat.told == [Found([("ready", "ready")], [], ["no id"])]
+    assert beat.patrol.recording == 1
+
+
+def test_a_marker_is_noticed_without_a_look(beat: Beat) -> None:
+    episode = make_episode(beat.spool.paths.episodes, "ep", marker=False)
+    beat.patrol.watch()
+    beat.patrol.look()
+    beat.patrol._next_look = beat.patrol._next_pass = time.monotonic() + 3600.0
+    beat.told.clear()
+    (episode / "done.marker").touch()
+    beat.wait_for_notice()
+    assert beat.told == [Found([("ep", "ep")], complete=False)]
+    assert beat.patrol.recording == 0
+
+
+@pytest.mark.parametrize("reason", ["conflict", "changing"])
+def test_a_conflict_is_released_by_change_and_a_changing_one_by_rest(beat: Beat, reason: str) -> None:
+    episode = make_episode(beat.spool.paths.episodes, "ep")
+    now = fingerprint(episode, owner="keep")
+    beat.spool.hold(held_as(reason, now))
+    if reason == "conflict":
+        beat.patrol.look()
+        assert beat.spool.find_hold("ep") is not None
+        (episode / "more").write_bytes(b"changed")
+    beat.patrol.look()
+    assert beat.spool.find_hold("ep") is None
+    assert beat.told[-1] == Released("ep", "ep")
+
+
+def test_one_that_goes_on_changing_stays_held(beat: Beat) -> None:
+    episode = make_episode(beat.spool.paths.episodes, "ep")
+    beat.spool.hold(held_as("changing", "of before"))
+    beat.patrol.look()
+    hold = beat.spool.find_hold("ep")
+    assert hold is not None
+    assert hold.fingerprint == fingerprint(episode, owner="keep")
+
+
+def test_an_unreadable_hold_holds_until_an_operator_decides(beat: Beat) -> None:
+    make_episode(beat.spool.paths.episodes, "ep")
+    (beat.spool.paths.holds / "ep.json").write_bytes(b"{")
+    beat.patrol.look()
+    beat.patrol.look()
+    assert (beat.spool.paths.holds / "ep.json").exists()
+
+
+def test_operators_are_served_each_pass(beat: Beat) -> None:
+    episode = make_episode(beat.spool.paths.episodes, "ep")
+    beat.spool.hold(held_as("conflict", fingerprint(episode, owner="keep")))
+    beat.patrol.look()
+    directory = beat.spool.paths.requests
+    path = directory / "1.json"
+    path.write_bytes(b'{"action":"drop-local","episode":"ep"}')
+    (directory / "2.json").write_bytes(b"not json")
+    beat.patrol.turn(None)
+    assert beat.told[-1] == Gone("ep")
+    assert (beat.spool.paths.quarantine / "ep").is_dir()
+    assert not list(directory.glob("*.json"))
+    assert b'"ok":true' in path.with_suffix(".answer").read_bytes()
+    assert b'"ok":false' in (directory / "2.answer").read_bytes()
+
+
+def test_a_claimed_episode_is_not_taken_from_its_worker(beat: Beat) -> None:
+    make_episode(beat.spool.paths.episodes, "ep")
+    beat.patrol.look()
+    beat.book.entries["ep"].state = State.PACKING
+    reply = beat.patrol._serve(requests.Request(action="drop-local", episode="ep"))
+    assert not reply.ok
+    assert (beat.spool.paths.episodes / "ep").is_dir()
+
+
+def test_a_heartbeat_that_raises_does_not_end_the_pass(beat: Beat) -> None:
+    os.close(os.open(beat.spool.paths.outbox / "gone.tar.zst", os.O_CREAT | os.O_WRONLY))
+
+    def heartbeat() -> None:
+        raise ValueError("of the caller's making")
+
+    beat.patrol.turn(heartbeat)
+    assert not (beat.spool.paths.outbox / "gone.tar.zst").exists()
