@@ -1,9 +1,12 @@
 """Seeded telemetry to measure with: the same bytes from the same arguments, on any host.
 
-A mix, by bytes: JSON lines 40 %, CSV 25 %, arrays of doubles 20 %, text logs 15 %. A pool of 24 MiB a kind is made row
-by row and repeated: more than a frame apart, so no compressor at work here sees the repetition.
+The mix, by bytes: JSON lines 40 %, CSV 25 %, arrays of doubles 20 %, text logs 15 %. A pool of some MiB a kind is made
+row by row and used again and again, each time in another permutation of its digits (of all byte values for doubles).
+To zstd a permuted text is as compressible as the original, but no two passes share long matches: neither a
+deduplicating program nor long-distance matching gains what real telemetry would not give it.
 
-    python bench/corpus.py DIR --bytes 1GB --file-bytes 64MB     makes one episode DIR
+    python -m bench.corpus DIR --bytes 1GB --file-bytes 64MB     one episode DIR of the mix
+    python -m bench.corpus DIR --shape small --scale 0.1         the episodes of a named shape below DIR
 """
 
 from __future__ import annotations
@@ -14,9 +17,12 @@ import random
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-POOL_BYTES = 24 << 20
+POOL_BYTES = 24 << 20  # more than a frame and than the window of every level: no compressor sees the repetition
 _PERIOD = 20  # files after which the mix repeats
+_PIECE_BYTES = 1 << 20
+_MARKER = "done.marker"
 
 
 def _json_rows(rng: random.Random) -> Iterator[bytes]:
@@ -74,52 +80,125 @@ def _log_rows(rng: random.Random) -> Iterator[bytes]:
         )
 
 
-_KINDS: tuple[tuple[str, int, Callable[[random.Random], Iterator[bytes]]], ...] = (
-    ("jsonl", 8, _json_rows),
-    ("csv", 5, _csv_rows),
-    ("f64", 4, _float_rows),
-    ("log", 3, _log_rows),
-)
+class _Kind(NamedTuple):
+    share: int  # of _PERIOD files of the mix
+    rows: Callable[[random.Random], Iterator[bytes]]
+    permuted: bytes  # the byte values that change places from one use of the pool to the next
+
+
+_DIGITS = b"0123456789"
+_KINDS = {
+    "jsonl": _Kind(8, _json_rows, _DIGITS),
+    "csv": _Kind(5, _csv_rows, _DIGITS),
+    "f64": _Kind(4, _float_rows, bytes(range(256))),
+    "log": _Kind(3, _log_rows, _DIGITS),
+}
+_VIDEO = "h264"  # random bytes: what a camera's encoder leaves to a compressor
+
+
+class Shape(NamedTuple):
+    """Episodes of ``episode_bytes`` in files of ``file_bytes``. A scale makes fewer of them, or smaller ones."""
+
+    episodes: int
+    episode_bytes: int
+    file_bytes: int
+    kind: str = ""  # of every file; "": the mix
+    fewer: bool = False  # scaled by the count of episodes, not by their size
+
+    def scaled(self, scale: float) -> Shape:
+        if self.fewer:
+            return self._replace(episodes=max(1, round(self.episodes * scale)))
+        file_bytes = max(4096, round(self.file_bytes * scale))
+        return self._replace(file_bytes=file_bytes, episode_bytes=file_bytes * (self.episode_bytes // self.file_bytes))
+
+    @property
+    def total_bytes(self) -> int:
+        return self.episodes * self.episode_bytes
+
+
+SHAPES = {
+    "large": Shape(4, 256_000_000, 16_000_000),
+    "small": Shape(200, 64 * 16_384, 16_384, fewer=True),
+    "tiny": Shape(5000, 20_000, 5_000, fewer=True),
+    "huge": Shape(1, 4_000_000_000, 4_000_000_000),
+    "video": Shape(4, 256_000_000, 64_000_000, kind=_VIDEO),
+    "logs": Shape(20, 16_000_000, 4_000_000, kind="log"),
+    "arrays": Shape(20, 16_000_000, 4_000_000, kind="f64"),
+}
+"""The shapes at scale 1. Real recordings are in ``bench.recordings``."""
 
 
 class Corpus:
-    """The pools of one seed; ``write_episode`` may be called as often as needed. Making one takes some seconds."""
+    """The pools of one seed, each made when it is first needed (some seconds); any number of episodes from them."""
 
     def __init__(self, seed: int = 1, pool_bytes: int = POOL_BYTES) -> None:
-        self._pools = {}
-        for name, _, rows in _KINDS:
-            pool = bytearray()
-            for row in rows(random.Random(f"{seed} {name}")):
-                pool += row
-                if len(pool) >= pool_bytes:
-                    break
-            self._pools[name] = bytes(pool[:pool_bytes])
-        self._order = [name for name, share, _ in _KINDS for _ in range(share)]
+        self._seed = seed
+        self._pool_bytes = pool_bytes
+        self._pools: dict[str, bytes] = {}
+        self._order = [name for name, kind in _KINDS.items() for _ in range(kind.share)]
         random.Random(seed).shuffle(self._order)
         assert len(self._order) == _PERIOD
 
-    def write_episode(self, path: Path, total_bytes: int, file_bytes: int, number: int = 0) -> int:
+    def write_shape(self, directory: Path, name: str, scale: float = 1.0) -> list[Path]:
+        """Make the episodes of shape ``name`` below ``directory``; their paths in name order."""
+        return self.write_episodes(directory, SHAPES[name].scaled(scale), name)
+
+    def write_episodes(self, directory: Path, shape: Shape, prefix: str) -> list[Path]:
+        paths = [directory / f"{prefix}-{number:05d}" for number in range(shape.episodes)]
+        for number, path in enumerate(paths):
+            self.write_episode(path, shape.episode_bytes, shape.file_bytes, number, kind=shape.kind)
+        return paths
+
+    def write_episode(self, path: Path, total_bytes: int, file_bytes: int, number: int = 0, *, kind: str = "") -> int:
         """Make the episode ``path`` (marker last) of files of ``file_bytes``; ``number`` varies it. Bytes written."""
         path.mkdir(parents=True)
         written = count = 0
         while written < total_bytes:
-            name = self._order[count % _PERIOD]
+            name = kind or self._order[(number + count) % _PERIOD]
             size = min(file_bytes, total_bytes - written)
-            self._write_file(path / f"{count:06d}.{name}", name, size, (number * 7919 + count) * 104729)
+            rng = random.Random(f"{self._seed} {name} {number} {count}")
+            with open(path / f"{count:06d}.{name}", "xb", buffering=0) as file:
+                for piece in self._pieces(name, size, rng):
+                    file.write(piece)
             written += size
             count += 1
-        (path / "done.marker").touch()
+        (path / _MARKER).touch()
         return written
 
-    def _write_file(self, path: Path, kind: str, size: int, offset: int) -> None:
-        pool = memoryview(self._pools[kind])
-        with open(path, "xb", buffering=0) as file:
+    def _pieces(self, kind: str, size: int, rng: random.Random) -> Iterator[bytes]:
+        """``size`` bytes of a kind, from a random place of its pool on."""
+        if kind == _VIDEO:
             while size:
-                at = offset % len(pool)
-                piece = pool[at : at + min(size, len(pool) - at)]
-                file.write(piece)
+                piece = rng.randbytes(min(size, _PIECE_BYTES))
+                yield piece
                 size -= len(piece)
-                offset += len(piece)
+            return
+        pool, permuted = self._pool(kind), _KINDS[kind].permuted
+        at = rng.randrange(len(pool))
+        table = _permutation(permuted, rng)
+        while size:
+            piece = pool[at : at + min(size, _PIECE_BYTES)].translate(table)
+            yield piece
+            size -= len(piece)
+            at += len(piece)
+            if at == len(pool):
+                at, table = 0, _permutation(permuted, rng)
+
+    def _pool(self, kind: str) -> bytes:
+        if kind not in self._pools:
+            pool = bytearray()
+            for row in _KINDS[kind].rows(random.Random(f"{self._seed} {kind}")):
+                pool += row
+                if len(pool) >= self._pool_bytes:
+                    break
+            self._pools[kind] = bytes(pool[: self._pool_bytes])
+        return self._pools[kind]
+
+
+def _permutation(values: bytes, rng: random.Random) -> bytes:
+    shuffled = list(values)
+    rng.shuffle(shuffled)
+    return bytes.maketrans(values, bytes(shuffled))
 
 
 def _size(text: str) -> int:
@@ -129,11 +208,21 @@ def _size(text: str) -> int:
     raise AssertionError
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Make one episode of telemetry.")
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make telemetry to measure with.")
     parser.add_argument("path", type=Path)
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="the episodes of a shape instead of one episode")
+    parser.add_argument("--scale", default=1.0, type=float)
     parser.add_argument("--bytes", default="256MB", type=_size)
     parser.add_argument("--file-bytes", default="16MB", type=_size)
     parser.add_argument("--seed", default=1, type=int)
     arguments = parser.parse_args()
-    print(Corpus(arguments.seed).write_episode(arguments.path, arguments.bytes, arguments.file_bytes), "bytes")
+    corpus = Corpus(arguments.seed)
+    if arguments.shape:
+        print(len(corpus.write_shape(arguments.path, arguments.shape, arguments.scale)), "episodes")
+    else:
+        print(corpus.write_episode(arguments.path, arguments.bytes, arguments.file_bytes), "bytes")
+
+
+if __name__ == "__main__":
+    main()
