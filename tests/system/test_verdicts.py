@@ -170,6 +170,15 @@ def test_a_fault_of_the_destination_quarantines_nothing(lab: Lab, destination: D
     assert lab.names("episodes") == ["ep0", "ep1", "ep2"]
 
 
+def test_a_tls_fault_is_the_destinations(lab: Lab, destination: Destination) -> None:
+    """https to a server that speaks http: as with a wrong certificate, nobody is told the token and nothing is held."""
+    lab.episode()
+    result = lab.once({**QUICK, "destination": {"url": destination.url.replace("http", "https")}})
+    assert (result.scanned, result.transient_failures, result.fatal) == (1, 1, 0)
+    assert lab.names("episodes") == ["ep1"]
+    assert destination.heard == []
+
+
 def offered(destination: Destination, count: int) -> bool:
     return len(destination.offers()) >= count
 
