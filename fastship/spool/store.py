@@ -12,6 +12,7 @@ shipper import it.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import time
@@ -20,7 +21,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
-import structlog
 
 from fastship import durable
 from fastship.episode import MARKER, Manifest, Receipt, is_episode_id
@@ -29,7 +29,7 @@ from fastship.lifecycle import Facts
 from fastship.spool.layout import Layout, Lock
 from fastship.spool.outbox import Outbox
 
-log = structlog.get_logger(__name__)
+log = logging.getLogger(__name__)  # not structlog: `fastship status` imports this, and structlog is slow to load
 
 REASON_FILE = "quarantine_reason.json"
 _CONDEMNED_PREFIX = ".condemned-"
@@ -248,7 +248,7 @@ class Spool:
                 try:
                     self._finish_quarantine(Path(entry.path), condemned)
                 except OSError as error:
-                    log.error("quarantine-unfinished", entry=entry.name, error=str(error))
+                    log.error("the quarantine of %s cannot be completed now: %s", entry.name, error)
             elif entry.name.startswith(_REMOVING_PREFIX):
                 shutil.rmtree(entry.path, ignore_errors=True)
 
@@ -440,7 +440,7 @@ class Spool:
                 self.outbox.remove(episode)
                 self.release(episode)
             except OSError as error:
-                log.warning("sweep-failed", episode=episode, error=str(error))
+                log.warning("%s cannot be swept: %s", episode, error)
             else:
                 swept.append(episode)
         return swept
