@@ -9,7 +9,7 @@ What always holds:
 - A fault in a thread is raised in the caller at the next call; the pool stays usable. Nothing here forks, and a
   process that used more than one thread must not fork either (design.md).
 
-Imports zstandard and ``index``; the worker and ``pack`` see `FramePool` through the package.
+Imports zstandard and its siblings; the worker and ``pack`` see `FramePool` through the package.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from typing import Self
 import zstandard
 
 from fastship.frames.index import index_compressor
+from fastship.frames.threads import Outcome, start_thread
 
 Commit = Callable[[bytes, int], None]
 """Called with one compressed frame and the number of tar stream bytes in it."""
 
 
-class _Slot:
+class _Slot(Outcome):
     """One frame on its way: its buffer, how much of it is used, and what became of it."""
 
-    __slots__ = ("buffer", "done", "error", "level", "result", "used", "view")
+    __slots__ = ("buffer", "level", "result", "used", "view")
 
     def __init__(self, frame_bytes: int) -> None:
+        super().__init__()
         self.buffer = mmap.mmap(-1, frame_bytes)
         self.view = memoryview(self.buffer)
         self.used = 0
         self.level = 0
         self.result = b""
-        self.error: BaseException | None = None
-        self.done = threading.Event()
 
 
 class _Compressors(dict[int, zstandard.ZstdCompressor]):
@@ -126,12 +126,10 @@ class FramePool:
 
     def _compress_elsewhere(self, slot: _Slot) -> None:
         while self._alive < self._wanted:
-            thread = threading.Thread(target=self._run, name=f"frames-{len(self._threads)}", daemon=True)
-            thread.start()
-            self._threads.append(thread)
+            self._threads.append(start_thread(self._run, f"frames-{len(self._threads)}"))
             self._alive += 1
         self._retire_threads(self._wanted)
-        slot.done.clear()
+        slot.begin()
         self._work.put(slot)
 
     def _retire_threads(self, keep: int) -> None:
@@ -147,7 +145,9 @@ class FramePool:
                 compressors.run(slot)
             except BaseException as error:  # raised again in the caller, whatever it is
                 slot.error = error
-            slot.done.set()
+            slot.end()
+        if self._closed:  # each takes one and gives it back: so all end, also one whose start was interrupted
+            self._work.put(None)
 
 
 class FrameStream:
@@ -176,9 +176,9 @@ class FrameStream:
             self._commit(slot.result, used)
             slot.result = b""
             return self.buffer
+        self._filling = None  # first: interrupted in between, the buffer is lost and not filled while it is compressed
         pool._compress_elsewhere(slot)
         self._pending.append(slot)
-        self._filling = None
         self._drain(threads + 1)
         self._filling = pool._take_slot()
         self.buffer = self._filling.view
@@ -201,7 +201,7 @@ class FrameStream:
     def abort(self) -> None:
         """Drop every frame not yet committed; waits for the compressors. Repeatable, also after ``finish``."""
         for slot in self._pending:
-            slot.done.wait()
+            slot.wait()
             self._pool._give_slot(slot)
         self._pending.clear()
         self._close()
@@ -217,9 +217,9 @@ class FrameStream:
     def _drain(self, keep: int) -> None:
         """Commit every finished frame at the head, waiting until at most ``keep`` are under way."""
         pending = self._pending
-        while pending and (len(pending) > keep or pending[0].done.is_set()):
+        while pending and (len(pending) > keep or pending[0].finished):
             slot = pending[0]
-            slot.done.wait()
+            slot.wait()
             if slot.error is not None:
                 raise slot.error
             self._commit(slot.result, slot.used)

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -31,6 +31,7 @@ from fastship.frames import index, seektable
 from fastship.frames.index import Member
 from fastship.frames.seektable import SKIPPABLE_HEADER, FrameTable
 from fastship.frames.tar import TarReader
+from fastship.frames.threads import Outcome, start_thread
 
 ReadAt = Callable[[int, int], bytes]
 """``read_at(offset, length)``: exactly those bytes of the artifact, fewer only at its end. Called in one thread."""
@@ -139,39 +140,39 @@ class ArtifactReader:
         return chunks if whole else _cut(chunks, start - base, end - base)
 
     def _frames_in_order(self, table: FrameTable, numbers: range, threads: int, *, remember: bool) -> Iterator[bytes]:
-        pending: deque[tuple[int, Future[bytes]]] = deque()
+        pending: deque[tuple[int, _Frame]] = deque()
         with contextlib.ExitStack() as cleanup:
-            executor = None
+            readers = None
             if threads > 1 and len(numbers) > 1:
-                executor = ThreadPoolExecutor(threads, thread_name_prefix="frames-read")
-                cleanup.callback(executor.shutdown, cancel_futures=True)
+                readers = cleanup.enter_context(_Threads(threads))
             for number in numbers:
                 size = table.content_size(number)
                 start, end = table.compressed_offsets[number : number + 2]
                 if number == self._cached[0]:
                     while pending:
-                        yield pending.popleft()[1].result()
+                        yield pending.popleft()[1].take()
                     yield self._cached[1]
                 elif not size:
                     self._check_skippable(start, end)
                 elif size > _WHOLE_FRAME_BYTES or end - start > 2 * size + 4096:
                     while pending:
-                        yield pending.popleft()[1].result()
+                        yield pending.popleft()[1].take()
                     yield from self._large_frame(start, end, size)
-                elif executor is None:
+                elif readers is None:
                     content = _decompress(self._bytes(start, end), size)
                     if remember:
                         self._cached = (number, content)
                     yield content
                 else:
-                    pending.append((number, executor.submit(_decompress, self._bytes(start, end), size)))
+                    pending.append((number, readers.decompress(self._bytes(start, end), size)))
                     if len(pending) > threads + 1:
-                        yield pending.popleft()[1].result()
+                        yield pending.popleft()[1].take()
             while pending:
-                number, future = pending.popleft()
+                number, frame = pending.popleft()
+                content = frame.take()
                 if remember and not pending:
-                    self._cached = (number, future.result())
-                yield future.result()
+                    self._cached = (number, content)
+                yield content
 
     def _large_frame(self, start: int, end: int, size: int) -> Iterator[bytes]:
         total = 0
@@ -252,6 +253,64 @@ class _Source:
         data = self._read(self._at, min(self._end, self._at + count))
         self._at += len(data)
         return data if self._at < self._end else data + self._sentinel
+
+
+class _Frame(Outcome):
+    """One frame given to a thread to decompress."""
+
+    __slots__ = ("_compressed", "_content", "_size")
+
+    def __init__(self, compressed: bytes, size: int) -> None:
+        super().__init__()
+        self._compressed, self._size = compressed, size
+        self._content = b""
+
+    def decompress(self) -> None:
+        self._content = _decompress(self._compressed, self._size)
+        self._compressed = b""
+
+    def take(self) -> bytes:
+        """Blocks until it is there. Raises what decompressing it raised."""
+        self.wait()
+        if self.error is not None:
+            raise self.error
+        return self._content
+
+
+class _Threads:
+    """Threads that decompress for one stream; leaving it drops what none has begun and waits for the rest."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._started: list[threading.Thread] = []
+        self._work: queue.SimpleQueue[_Frame | None] = queue.SimpleQueue()
+        self._left = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left = True
+        self._work.put(None)
+        for thread in self._started:
+            thread.join()
+
+    def decompress(self, compressed: bytes, size: int) -> _Frame:
+        if len(self._started) < self._count:
+            self._started.append(start_thread(self._run, f"frames-read-{len(self._started)}"))
+        frame = _Frame(compressed, size)
+        self._work.put(frame)
+        return frame
+
+    def _run(self) -> None:
+        while (frame := self._work.get()) is not None:
+            try:
+                if not self._left:
+                    frame.decompress()
+            except BaseException as error:  # raised again where it is taken, whatever it is
+                frame.error = error
+            frame.end()
+        self._work.put(None)  # for the next one
 
 
 _of_thread = threading.local()
