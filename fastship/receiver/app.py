@@ -30,7 +30,7 @@ from fastship.receiver.answers import Answer
 from fastship.receiver.decisions import Body, Declared, Facts
 from fastship.receiver.ingest import End, Receive, ingest
 from fastship.receiver.lock import Busy, Superseded
-from fastship.receiver.partial import Partial
+from fastship.receiver.partial import Partial, Unsynced
 from fastship.receiver.reading import send_artifact
 from fastship.receiver.request import Request, Scope, Send
 from fastship.receiver.store import ContentMismatch, DigestMismatch, Store
@@ -105,11 +105,13 @@ class Receiver:
             answer = await self._route(request)
             if answer is not None:
                 await request.answer(answer)
-        except Exception:
-            _log.exception("%s %s failed", request.method, request.path)
+        except Exception as error:
+            if request.status or not isinstance(error, OSError):
+                _log.exception("%s %s failed", request.method, request.path)
             if request.status:
                 raise  # too late for an answer: the server cuts the connection
-            await request.answer(answers.INTERNAL)
+            failed = self._storage_failed(error) if isinstance(error, OSError) else answers.INTERNAL
+            await request.answer(failed)
         finally:
             self._metrics.requests.labels(request.method, str(request.status)).inc()
             if request.body_bytes:
@@ -185,7 +187,9 @@ class Receiver:
         settings = self._settings
         return Facts(
             stored=self._store.receipt(declared.episode),
-            room_bytes=self._store.room_bytes(self._uploads.token(declared) if declared.sha256 else None),
+            room_bytes=self._store.room_bytes(
+                self._uploads.token(declared) if declared.sha256 else None, declared.length or 0
+            ),
             max_bytes=settings.max_bytes,
             commits=self._access.commits(),
             commit_field=settings.commit_field,
@@ -201,7 +205,7 @@ class Receiver:
             try:
                 end = await self._ingest(request, partial, limit, digest)
             except OSError as error:
-                if declared.sha256:
+                if declared.sha256 and not body.sha256 and not isinstance(error, Unsynced):
                     await self._in(self._io, self._keep, declared, partial)
                 return self._storage_failed(error)
             if end is End.TOO_LONG:
@@ -251,7 +255,7 @@ class Receiver:
             return append
         if not body.empty and self._open_bodies >= self._settings.max_requests:
             return decisions.OVERLOADED.with_fields(*answers.about_upload())
-        upload = await self._take(lambda: self._uploads.take(token, append.length))
+        upload = await self._take(lambda: self._uploads.take(token))
         if isinstance(upload, Answer):
             return await self._in(self._io, self._ended, token) or upload
         try:
@@ -261,6 +265,11 @@ class Receiver:
             offset = await self._in(self._io, upload.tell)
             if offset != append.offset:
                 return answers.offset_mismatch(offset, append.offset)
+            if append.length is not None:
+                try:
+                    await self._in(self._io, self._uploads.declare_length, upload, append.length)
+                except LengthMismatch as error:
+                    return answers.length_mismatch(str(error), offset)
             stopped, answer = await self._append(request, upload, body)
             if stopped:
                 return answer
@@ -284,12 +293,14 @@ class Receiver:
         digest = hashlib.sha256() if body.sha256 else None
         if digest is not None:
             await self._in(self._io, upload.hold, mark.offset)
-        most = upload.declared.length if upload.declared.length is not None else self._settings.max_bytes
+        length = upload.declared.length
+        most = length if length is not None else self._settings.max_bytes or None
         try:
-            end = await self._ingest(request, partial, most - mark.offset if most else None, digest)
+            end = await self._ingest(request, partial, most - mark.offset if most is not None else None, digest)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                await self._in(self._io, upload.tell)
+            if not isinstance(error, Unsynced):
+                with contextlib.suppress(OSError):
+                    await self._in(self._io, upload.tell)
             return True, self._storage_failed(error, *answers.about_upload())
         if digest is not None:
             spoilt = end is not End.WHOLE or digest.hexdigest() != body.sha256
@@ -337,7 +348,8 @@ class Receiver:
             text = f"this is not an artifact (.tar.zst): {error.message}"
             return answers.error(422, "artifact-invalid", text, answers.ABOUT_EPISODE), False
         except OSError as error:
-            return self._storage_failed(error, answers.ABOUT_EPISODE), error.errno in _NO_SPACE
+            again = error.errno in _NO_SPACE and not isinstance(error, Unsynced)
+            return self._storage_failed(error, answers.ABOUT_EPISODE), again
         if isinstance(published, Answer):
             return published, False
         _, receipt = published
@@ -445,7 +457,7 @@ class Receiver:
         _log.error("storing failed: %s", error)
         if error.errno in _NO_SPACE:
             return decisions.NO_ROOM.with_fields(*more)
-        text = f"the receiver cannot write: {os.strerror(error.errno or errno.EIO)}"
+        text = f"the receiver's disk failed: {os.strerror(error.errno or errno.EIO)}"
         return answers.error(500, "storage", text, *more)
 
 

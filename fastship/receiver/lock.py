@@ -7,7 +7,7 @@ no longer finds its own generation stops. ``flock`` ends with the process that h
 What always holds: the line changes only under the lock; ``synced`` bytes were durable in some boot before it was
 written; ``held`` (-1: none) is where an append began whose bytes do not count until their digest is verified.
 
-Blocks. Imported by ``uploads``.
+Blocks. Imports ``partial``; imported by ``uploads``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from fastship.receiver.partial import sync_data
 
 _LINE_BYTES = 96  # within a sector of 512 bytes
 _POLL_S = 0.002
@@ -105,11 +107,11 @@ class UploadLock:
             return State()
 
     def write(self, state: State, *, durably: bool = False) -> None:
-        """Replace the line (under the lock); ``durably`` before an offset is told to anybody."""
+        """Replace the line (under the lock); ``durably`` before an offset is told to anybody. Raises `Unsynced`."""
         line = f"{state.generation:012d} {state.synced:015d} {state.held:015d} {state.boot or '-'}"
         os.pwrite(self._fd, line.ljust(_LINE_BYTES - 1).encode("ascii") + b"\n", 0)
         if durably:
-            os.fdatasync(self._fd)
+            sync_data(self._fd)
 
     def close(self) -> None:
         """May be repeated."""

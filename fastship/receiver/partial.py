@@ -3,7 +3,7 @@
 What always holds: bytes below ``offset`` never change; the running SHA-256, where there is one, covers exactly
 ``offset`` bytes. A partial is used by one request at a time (one thread writes; `sync` may run beside it).
 
-Blocks on the disk; called from threads, never on the event loop. Imported by ``uploads``, ``store``, ``ingest``.
+Blocks on the disk; called from threads, never on the event loop. Imported by ``lock``, ``uploads``, ``store``, ``ingest``, ``app``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,22 @@ _IOV = 1024  # IOV_MAX of Linux: buffers in one pwritev(2)
 Digest = Any  # a hashlib object; its type has no public name
 
 
+class Unsynced(OSError):
+    """The disk did not take bytes that had been written.
+
+    The kernel forgets them and reports it once: a second sync would say that all is well (fsync(2), Errors). So
+    whoever meets this abandons the file.
+    """
+
+
+def sync_data(fd: int) -> None:
+    """``fdatasync``; raises `Unsynced`."""
+    try:
+        os.fdatasync(fd)
+    except OSError as error:
+        raise Unsynced(error.errno, error.strerror) from error
+
+
 class Mark:
     """Where a partial stood: `Partial.cut_back` returns to it."""
 
@@ -34,7 +50,7 @@ class Partial:
     """An open partial. ``running`` None: the bytes before were written by another process, digest them at the end.
 
     ``guard`` is entered around each write: it raises when this request may not write any more. ``synced`` is
-    called with each offset that has become durable.
+    called with each offset that has become durable, ``unsynced`` when the disk did not take what was written.
     """
 
     def __init__(
@@ -46,6 +62,7 @@ class Partial:
         running: Digest | None = None,
         guard: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         synced: Callable[[int], None] | None = None,
+        unsynced: Callable[[], None] = lambda: None,
     ) -> None:
         self.path = path
         self.fd = fd
@@ -53,6 +70,7 @@ class Partial:
         self.running = hashlib.sha256() if offset == 0 else running
         self._guard = guard
         self._synced = synced
+        self.unsynced = unsynced
 
     def write(self, chunks: Sequence[bytes]) -> None:
         """Append ``chunks``, in order. Raises what the guard raises (nothing is appended then), and ``OSError``."""
@@ -68,9 +86,16 @@ class Partial:
         self.offset, self.running = end, running
 
     def sync(self) -> int:
-        """Make what is written now durable and return that offset. May run beside `write`; may be repeated."""
+        """Make what is written now durable and return that offset. May run beside `write`; may be repeated.
+
+        Raises `Unsynced`, after which the partial is good for nothing.
+        """
         offset = self.offset
-        os.fdatasync(self.fd)
+        try:
+            sync_data(self.fd)
+        except Unsynced:
+            self.unsynced()
+            raise
         if self._synced is not None:
             self._synced(offset)
         return offset

@@ -36,7 +36,7 @@ from fastship.frames import verify_content
 from fastship.receiver import answers
 from fastship.receiver.answers import Answer
 from fastship.receiver.decisions import Declared, compare
-from fastship.receiver.partial import Partial
+from fastship.receiver.partial import Partial, Unsynced
 from fastship.receiver.uploads import Uploads
 from fastship.settings import ReceiverSettings
 
@@ -101,10 +101,15 @@ class Store:
                 self.receipt(episode)
         self.uploads.sweep()
 
-    def room_bytes(self, token: str | None) -> int:
-        """Free space less the reserve less what uploads other than ``token`` have yet to send; may be below 0."""
+    def room_bytes(self, token: str | None, wanted_bytes: int = 0) -> int:
+        """Free space less the reserve less what uploads other than ``token`` have yet to send; may be below 0.
+
+        Only where ``wanted_bytes`` seem not to fit is the last word on the other uploads asked for.
+        """
         disk = os.statvfs(self._uploads)
-        return disk.f_bavail * disk.f_frsize - self._reserve_bytes - self.uploads.declared_bytes(token)
+        free_bytes = disk.f_bavail * disk.f_frsize - self._reserve_bytes
+        room_bytes = free_bytes - self.uploads.declared_bytes(token)
+        return room_bytes if wanted_bytes <= room_bytes else free_bytes - self.uploads.declared_bytes(token, fresh=True)
 
     def publish(self, partial: Partial, declared: Declared) -> tuple[bool, Receipt] | Answer:
         """Verify a whole artifact and give it its name; True: stored now. May be repeated after any failure.
@@ -130,7 +135,10 @@ class Store:
         first = self._already(sha256, declared, content)
         if first is not None:
             return first
-        os.fsync(partial.fd)
+        try:
+            os.fsync(partial.fd)
+        except OSError as error:
+            raise Unsynced(error.errno, error.strerror) from error
         receipt = self._make_receipt(declared.episode, sha256, partial.offset, content)
         waiting = self._waiting_receipt(declared.episode, os.fstat(partial.fd).st_ino)
         # Its bytes are synced, its name is not: that costs a disk's commit more, and a receipt whose name was lost

@@ -30,11 +30,13 @@ from fastship import durable
 from fastship.receiver.answers import Answer
 from fastship.receiver.decisions import Declared
 from fastship.receiver.lock import Busy, Gone, State, Superseded, UploadLock
-from fastship.receiver.partial import Digest, Partial
+from fastship.receiver.partial import Digest, Partial, Unsynced, sync_data
+from fastship.receiver.reserved import Reserved
 
 _log = logging.getLogger("fastship.receiver")
 _TOKEN = re.compile(r"[0-9a-f]{64}")
 _ORPHAN_AGE_S = 3600.0  # of files whose process may still be about to use them
+_GENERATIONS = 10**11  # where one may begin; lock has room for ten times as many
 _WRITER_WAIT_S = 60.0  # a HEAD's fdatasync on a slow disk must not end an append
 
 
@@ -57,6 +59,8 @@ class Look(msgspec.Struct, frozen=True):
 class Upload:
     """An upload that this request has taken over. Close it."""
 
+    ended = False
+
     def __init__(self, token: str, declared: Declared, lock: UploadLock, generation: int, partial: Partial) -> None:
         self.token = token
         self.declared = declared
@@ -71,11 +75,15 @@ class Upload:
             yield
 
     def tell(self) -> int:
-        """Make all bytes and the counter durable and return the offset, which may then be told."""
+        """Make all bytes and the counter durable and return the offset, which may then be told. Raises `Unsynced`."""
         offset = self.partial.sync()
         with self.exclusive():
             state = self._lock.read()
-            self._lock.write(state._replace(synced=max(state.synced, offset)), durably=True)
+            try:
+                self._lock.write(state._replace(synced=max(state.synced, offset)), durably=True)
+            except Unsynced:
+                self.partial.unsynced()
+                raise
         return offset
 
     def hold(self, offset: int) -> None:
@@ -99,6 +107,7 @@ class Uploads:
         self._boot = durable.boot_id()
         # Running digests of uploads that this process wrote last: token -> (generation, offset, digest).
         self._running: dict[str, tuple[int, int, Digest]] = {}
+        self._reserved = Reserved(directory, lambda token: getattr(self._read(token), "length", None))
 
     def token(self, declared: Declared) -> str:
         """The same for the same episode and artifact digest, whoever asks and whenever; random without a digest."""
@@ -123,39 +132,49 @@ class Uploads:
                     known = self._read(token)
                     if known is None:
                         self._begin(token, declared, lock)
-                    elif known.length is None or declared.length is None:
-                        self._declare_length(token, known, declared.length)
-                    elif known.length != declared.length:
-                        raise LengthMismatch(f"the upload was declared with {known.length} bytes")
-                    return self._take(token, self._read(token) or declared, lock)
+                    upload = self._take(token, known or declared, lock)
+                    if declared.length is not None:
+                        try:
+                            self.declare_length(upload, declared.length)
+                        except BaseException:
+                            upload.partial.close()
+                            raise
+                    return upload
             except Gone:  # it ended between our open and our lock: begin anew
                 lock.close()
             except BaseException:
                 lock.close()
                 raise
 
-    def take(self, token: str, length: int | None = None) -> Upload:
-        """Take an upload over, so that whoever wrote before stops. ``length`` as declared by this request.
-
-        Raises `UnknownUpload`, `Busy`, `LengthMismatch` (after which the upload stands as it did).
-        """
+    def take(self, token: str) -> Upload:
+        """Take an upload over, so that whoever wrote before stops. Raises `UnknownUpload`, `Busy`."""
         lock = self._open_lock(token)
         try:
             with lock.locked():
                 known = self._read(token)
                 if known is None:
                     raise UnknownUpload
-                upload = self._take(token, self._declare_length(token, known, length), lock)
-            if length is not None and upload.partial.offset > length:
-                upload.close()
-                raise LengthMismatch(f"{upload.partial.offset} bytes have arrived already")
-            return upload
+                return self._take(token, known, lock)
         except Gone:
             lock.close()
             raise UnknownUpload from None
         except BaseException:
             lock.close()
             raise
+
+    def declare_length(self, upload: Upload, length: int) -> None:
+        """The whole length, once. Raises `LengthMismatch` (after which the upload stands as it did), `Superseded`."""
+        if length < upload.partial.offset:
+            raise LengthMismatch(f"{upload.partial.offset} bytes have arrived already")
+        known = upload.declared.length
+        if known is not None:
+            if known != length:
+                raise LengthMismatch(f"the upload was declared with {known} bytes")
+            return
+        with upload.exclusive():
+            upload.declared = msgspec.structs.replace(upload.declared, length=length)
+            durable.write_file(self._path(upload.token, "json"), msgspec.json.encode(upload.declared))
+        self._reserved.note(upload.token, length)
 
     def look(self, token: str) -> Look:
         """The durable offset, without disturbing a request that is writing. Raises `UnknownUpload`, `Busy`."""
@@ -170,7 +189,7 @@ class Uploads:
                 raise
             return ended
         try:
-            self._sync_part(token)  # most of the wait, while the writer goes on
+            self._sync_part(token, lock)  # most of the wait, while the writer goes on
             with lock.locked():
                 known = self._read(token)
                 if known is None:
@@ -205,7 +224,7 @@ class Uploads:
     def remember(self, upload: Upload) -> None:
         """Keep the running digest for the next append that comes to this process."""
         partial = upload.partial
-        if partial.running is not None and partial.offset:
+        if partial.running is not None and partial.offset and not upload.ended:
             if len(self._running) > 4096:
                 self._running.clear()  # costs a re-read each, no more
             self._running[upload.token] = (upload._generation, partial.offset, partial.running)
@@ -217,6 +236,7 @@ class Uploads:
             tombstone = msgspec.json.encode(Look(upload.partial.offset, upload.declared.length, answer))
             durable.write_file(self._ended / f"{token}.json", tombstone, sync=False)
         self._remove(token)
+        upload.ended = True
 
     def cancel(self, token: str) -> None:
         """Remove an upload or its tombstone; whoever writes stops. Raises `UnknownUpload`, `Busy`."""
@@ -239,17 +259,12 @@ class Uploads:
         except (FileNotFoundError, msgspec.MsgspecError):
             return None
 
-    def declared_bytes(self, but: str | None = None) -> int:
-        """What unfinished uploads other than ``but`` have declared and not yet sent, less what ``but`` has sent."""
-        total = 0
-        for entry in os.scandir(self._directory):
-            token, _, kind = entry.name.rpartition(".")
-            known = self._read(token) if kind == "json" else None
-            if known is not None and known.length is not None:
-                with contextlib.suppress(FileNotFoundError):
-                    size = os.stat(self._path(token, "part")).st_size
-                    total += -size if token == but else max(0, known.length - size)
-        return total
+    def declared_bytes(self, but: str | None = None, *, fresh: bool = False) -> int:
+        """What unfinished uploads other than ``but`` have declared and not yet sent, less what ``but`` has sent.
+
+        Up to a second and more out of date unless ``fresh``, which costs a look through the directory.
+        """
+        return self._reserved.bytes(but, fresh=fresh)
 
     def sweep(self) -> int:
         """Remove what is older than the limit or was left by a crash; the number of files. May be repeated."""
@@ -265,8 +280,7 @@ class Uploads:
                     expired = age_s > self._max_age_s
                 elif _TOKEN.fullmatch(token):
                     if kind == "lock" and self._is_expired(token, now):
-                        _log.info("upload %s... was not finished in time and is forgotten", token[:8])
-                        self.cancel(token)
+                        self._expire(token, now)
                         removed += 1
                     lockless = kind != "lock" and not self._path(token, "lock").exists()
                     expired = lockless and age_s > _ORPHAN_AGE_S
@@ -277,6 +291,16 @@ class Uploads:
                 if expired:
                     removed += durable.unlink_if_present(entry.path)
         return removed
+
+    def _expire(self, token: str, now: float) -> None:
+        lock = self._open_lock(token)
+        try:
+            with contextlib.suppress(Gone), lock.locked():
+                if self._is_expired(token, now):  # still: somebody may have gone on with it meanwhile
+                    _log.info("upload %s... was not finished in time and is forgotten", token[:8])
+                    self._remove(token)
+        finally:
+            lock.close()
 
     def _is_expired(self, token: str, now: float) -> bool:
         times = []
@@ -290,18 +314,11 @@ class Uploads:
     def _begin(self, token: str, declared: Declared, lock: UploadLock) -> None:
         # The part first: a record with no part would be an upload that lost its bytes.
         os.close(os.open(self._path(token, "part"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644))
-        lock.write(State(lock.read().generation, 0, -1, self._boot), durably=True)
+        # A token may come again: nothing that any process remembers of the one before may fit this one.
+        lock.write(State(secrets.randbelow(_GENERATIONS), 0, -1, self._boot), durably=True)
         durable.write_file(self._path(token, "json"), msgspec.json.encode(declared))
         durable.unlink_if_present(self._ended / f"{token}.json")
-
-    def _declare_length(self, token: str, known: Declared, length: int | None) -> Declared:
-        if length is None or known.length == length:
-            return known
-        if known.length is not None:
-            raise LengthMismatch(f"the upload was declared with {known.length} bytes")
-        more = msgspec.structs.replace(known, length=length)
-        durable.write_file(self._path(token, "json"), msgspec.json.encode(more))
-        return more
+        self._reserved.note(token, declared.length)
 
     def _take(self, token: str, declared: Declared, lock: UploadLock) -> Upload:
         """Under the lock: a new generation, at the offset that stands."""
@@ -318,6 +335,7 @@ class Uploads:
             running=running[2] if running and running[:2] == (before.generation, before.synced) else None,
             guard=lambda: _own(lock, generation),
             synced=lambda offset: _note(lock, generation, offset),
+            unsynced=lambda: self._abandon(token, lock, generation),
         )
         return Upload(token, declared, lock, generation, partial)
 
@@ -328,7 +346,8 @@ class Uploads:
         what was synced. ``grow``: the caller takes the upload over, so bytes that do not count are cut off.
         """
         state = lock.read()
-        fd = os.open(self._path(token, "part"), os.O_RDWR | os.O_CLOEXEC)
+        # Made where it is missing: a crash may have come after the part was published and before the record went.
+        fd = os.open(self._path(token, "part"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             size = os.fstat(fd).st_size
             same_boot = bool(self._boot) and state.boot == self._boot
@@ -339,20 +358,33 @@ class Uploads:
                 if offset < size:
                     os.ftruncate(fd, offset)
                 state = state._replace(held=-1, boot=self._boot or "-")
-            os.fdatasync(fd)
+            sync_data(fd)
             state = state._replace(synced=offset)
             lock.write(state, durably=True)
             return state
+        except Unsynced:
+            self._remove(token)
+            raise
         finally:
             os.close(fd)
 
-    def _sync_part(self, token: str) -> None:
+    def _sync_part(self, token: str, lock: UploadLock) -> None:
         with contextlib.suppress(FileNotFoundError):
             fd = os.open(self._path(token, "part"), os.O_RDWR | os.O_CLOEXEC)
             try:
-                os.fdatasync(fd)
+                sync_data(fd)
+            except Unsynced:
+                with lock.locked():
+                    self._remove(token)
+                raise
             finally:
                 os.close(fd)
+
+    def _abandon(self, token: str, lock: UploadLock, generation: int) -> None:
+        """The disk lost bytes of it: nobody may be told of them by a later sync that finds nothing wrong."""
+        with contextlib.suppress(Superseded), _own(lock, generation):
+            _log.error("upload %s... is abandoned: the disk did not take its bytes", token[:8])
+            self._remove(token)
 
     def _read(self, token: str) -> Declared | None:
         try:
@@ -365,6 +397,7 @@ class Uploads:
         for kind in ("json", "part", "lock"):
             durable.unlink_if_present(self._path(token, kind))
         self._running.pop(token, None)
+        self._reserved.note(token, None)
 
     def _open_lock(self, token: str) -> UploadLock:
         try:

@@ -1,0 +1,145 @@
+"""Uploads in the making: what a stale memory, a disk that fails, or an odd order of requests may not do to them."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastship.receiver.decisions import Declared
+from fastship.receiver.lock import Superseded
+from fastship.receiver.store import Store
+from fastship.receiver.uploads import LengthMismatch, UnknownUpload, Uploads
+from fastship.settings import ReceiverSettings
+
+
+def make_uploads(tmp_path: Path) -> Uploads:
+    """Each call is another process on the same root."""
+    return Store(ReceiverSettings(root=str(tmp_path / "root"))).uploads
+
+
+@pytest.fixture
+def uploads(tmp_path: Path) -> Uploads:
+    return make_uploads(tmp_path)
+
+
+def declared(data: bytes, **more: object) -> Declared:
+    known = {"episode": "e", "sha256": hashlib.sha256(data).hexdigest(), "length": len(data)}
+    return Declared(**{**known, **more})  # type: ignore[arg-type]
+
+
+def send(uploads: Uploads, data: bytes, piece: bytes) -> str:
+    """Create the upload of ``data`` and append ``piece`` in a request of its own, as HTTP does it."""
+    uploads.create(declared(data)).close()
+    upload = uploads.take(uploads.token(declared(data)))
+    upload.partial.write([piece])
+    upload.tell()
+    uploads.remember(upload)
+    upload.close()
+    return upload.token
+
+
+def test_a_digest_remembered_of_an_upload_that_was_cancelled_elsewhere_is_not_used(
+    uploads: Uploads, tmp_path: Path
+) -> None:
+    """Process A remembers the digest of right bytes; B forgets the upload and takes as many wrong ones in its stead."""
+    data = b"0123456789"
+    token = send(uploads, data, data)
+    elsewhere = make_uploads(tmp_path)
+    elsewhere.cancel(token)
+    send(elsewhere, data, b"xxxxxxxxxx")
+    upload = uploads.take(token)
+    assert upload.partial.digest() == hashlib.sha256(b"xxxxxxxxxx").hexdigest()
+    upload.close()
+
+
+def test_nothing_is_remembered_of_an_upload_that_ended(uploads: Uploads) -> None:
+    upload = uploads.create(declared(b"x"))
+    upload.partial.write([b"x"])
+    with upload.exclusive():
+        uploads.end(upload, None)
+    uploads.remember(upload)
+    upload.close()
+    assert not uploads._running
+
+
+def test_an_append_at_a_wrong_offset_declares_no_length(uploads: Uploads) -> None:
+    unknown = declared(b"x" * 20, length=None)
+    uploads.create(unknown).close()
+    upload = uploads.take(uploads.token(unknown))
+    with pytest.raises(LengthMismatch):
+        uploads.declare_length(upload, -1)
+    uploads.declare_length(upload, 20)
+    with pytest.raises(LengthMismatch):
+        uploads.declare_length(upload, 15)
+    assert upload.declared.length == 20
+    upload.close()
+    assert uploads.look(upload.token).length == 20
+
+
+def test_a_part_that_is_gone_is_an_upload_at_0(uploads: Uploads) -> None:
+    """So stands an upload whose publishing was cut by a crash after its name was given."""
+    token = send(uploads, b"0123", b"01")
+    (uploads._directory / f"{token}.part").unlink()
+    assert uploads.look(token).offset == 0
+    upload = uploads.create(declared(b"0123"))
+    assert upload.partial.offset == 0
+    upload.close()
+
+
+@pytest.mark.parametrize("when", ["tell", "look", "take"])
+def test_bytes_that_failed_to_sync_are_never_told(uploads: Uploads, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Linux reports a lost write to one fsync only; the next one says that all is well (fsync(2), Errors)."""
+    data = b"0123456789"
+    upload = uploads.create(declared(data))
+    upload.partial.write([data[:5]])
+    real, failures = os.fdatasync, [OSError(errno.EIO, "Input/output error")]
+
+    def fails_once(fd: int) -> None:
+        if failures and os.readlink(f"/proc/self/fd/{fd}").endswith(".part"):
+            raise failures.pop()
+        real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", fails_once)
+    calls: dict[str, Callable[[], object]] = {
+        "tell": upload.tell,
+        "look": lambda: uploads.look(upload.token),
+        "take": lambda: uploads.take(upload.token),
+    }
+    with pytest.raises(OSError, match="Input/output"):
+        calls[when]()
+    with pytest.raises(UnknownUpload):
+        uploads.look(upload.token)
+    with pytest.raises(Superseded):
+        upload.partial.write([b"more"])
+    upload.close()
+    again = uploads.create(declared(data))
+    assert again.partial.offset == 0
+    again.close()
+
+
+def test_what_others_will_send_is_known_without_reading_every_record_again(
+    uploads: Uploads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(20):
+        uploads.create(declared(b"x" * 100, episode=f"e{number}")).close()
+    assert uploads.declared_bytes() == 2000
+    reads: list[Path] = []
+    real = Path.read_bytes
+
+    def counted(path: Path) -> bytes:
+        reads.append(path)
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", counted)
+    assert uploads.declared_bytes() == 2000
+    make_uploads(tmp_path).create(declared(b"x" * 50, episode="elsewhere")).close()
+    reads.clear()
+    assert uploads.declared_bytes(fresh=True) == 2050
+    assert len(reads) <= 1
+    uploads.cancel(uploads.token(declared(b"x" * 100, episode="e3")))
+    assert uploads.declared_bytes(fresh=True) == 1950
