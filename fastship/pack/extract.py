@@ -31,6 +31,7 @@ from fastship.pack.walk import printable
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_NAME_BYTES = 64 << 10  # sixteen times PATH_MAX; without a limit one name could make millions of directories
 _FILE_MODE = 0o777
 _DIRECTORY_MODE = 0o3777
 
@@ -65,9 +66,9 @@ def extract(
     system refuses; what was restored by then stays.
     """
     target.mkdir(parents=True, exist_ok=True)
-    wanted = [os.fsencode(name).strip(b"/") for name in members]
+    wanted = [_plain(os.fsencode(name)) for name in members]
     found: set[bytes] = set()
-    with _Target(target, progress) as place:
+    with _Target(target, progress, _Selection(wanted, set()) if wanted else None) as place:
         for header, tar in _selected(reader, wanted, found, threads):
             place.restore(header, tar)
         if missing := [name for name in wanted if name not in found]:
@@ -75,7 +76,7 @@ def extract(
                 f"not in the artifact: {', '.join(map(printable, missing))}", remedy="see what is: fastship ls FILE"
             )
         if place.unlinked:
-            for header, tar in _selected(reader, [name.strip(b"/") for name in place.unlinked], found, threads):
+            for header, tar in _selected(reader, list(map(_plain, place.unlinked)), found, threads):
                 place.restore_unlinked(header, tar)
         place.finish()
         return ExtractResult(place.members, place.bytes, tuple(place.skipped))
@@ -101,6 +102,11 @@ def _selected(
             yield header, tar
 
 
+def _plain(name: bytes) -> bytes:
+    """A name as it is asked for: without the ``./`` and ``/`` around it that say nothing."""
+    return name.strip(b"/").removeprefix(b"./").strip(b"/")
+
+
 class _Selection:
     def __init__(self, wanted: list[bytes], found: set[bytes]) -> None:
         self._wanted = frozenset(wanted)
@@ -108,7 +114,7 @@ class _Selection:
 
     def has(self, name: bytes) -> bool:
         """Whether the member or a directory above it was asked for."""
-        name = name.strip(b"/").removeprefix(b"./")
+        name = _plain(name)
         hit = False
         while name:
             if name in self._wanted:
@@ -134,11 +140,15 @@ def _spans(reader: ArtifactReader, selection: _Selection) -> Iterator[tuple[int,
 class _Target:
     """The directory written to. Keeps one directory open, the one last used, so that neighbours cost no walk."""
 
-    def __init__(self, path: Path, progress: Callable[[int], None] | None) -> None:
+    def __init__(self, path: Path, progress: Callable[[int], None] | None, selection: _Selection | None) -> None:
+        self._selection = selection  # None: all
         self._root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._fd = os.dup(self._root)
         self._open: list[tuple[bytes, tuple[int, int]]] = []  # components of the open directory, each with its identity
-        self._made: dict[bytes, Header | None] = {}  # directories made here, with what to set at the end
+        self._made: dict[bytes, Header] = {}  # directories made here, with what to set at the end
+        self._implied: set[tuple[int, int]] = (
+            set()
+        )  # those that no member has named yet; not by name: a name can be long
         self._progress = progress
         self._owner = os.geteuid() == 0
         self.unlinked: dict[bytes, list[Header]] = {}  # hard links whose first name is not here, by that name
@@ -179,11 +189,9 @@ class _Target:
             name = next(iter(self.unlinked))
             raise ArtifactError(f"a hard link leads to {printable(name)}, which is not in the artifact")
         for path in sorted(self._made, reverse=True):
-            header = self._made[path]
-            if header is not None:
-                with _faults_of(path):
-                    self._enter(tuple(path.split(b"/")), make=False)
-                    self._set(self._fd, header, _DIRECTORY_MODE)
+            with _faults_of(path):
+                self._enter(tuple(path.split(b"/")), make=False)
+                self._set(self._fd, self._made[path], _DIRECTORY_MODE)
 
     def _make(self, components: tuple[bytes, ...], header: Header, tar: TarReader) -> bool:
         """Whether it was made: not when it was skipped or put off."""
@@ -197,6 +205,8 @@ class _Target:
         if header.kind is Kind.FILE:
             self._make_file(components, header, tar)
         elif header.kind is Kind.SYMLINK:
+            if b"\0" in header.link:
+                raise ExtractRefused(f"{printable(header.name)} is a symlink to a name with a NUL")
             last = self._enter_parent(components)
             os.symlink(header.link, last, dir_fd=self._fd)
             self._set_unfollowed(last, header)
@@ -217,11 +227,12 @@ class _Target:
         path = b"/".join(components)
         try:
             os.mkdir(last, 0o700, dir_fd=self._fd)
-            self._made[path] = header
+            ours = True
         except FileExistsError:
-            if path in self._made:
-                self._made[path] = header
+            ours = path in self._made
         self._enter(components, make=False)  # refuses what is there and no directory
+        if ours or self._open[-1][1] in self._implied:
+            self._made[path] = header
 
     def _make_file(self, components: tuple[bytes, ...], header: Header, tar: TarReader) -> None:
         last = self._enter_parent(components)
@@ -246,12 +257,13 @@ class _Target:
             self._progress(self.bytes)
 
     def _make_hard_link(self, components: tuple[bytes, ...], header: Header) -> bool:
-        try:
-            self._link(_components(header.link), components)
-        except FileNotFoundError:
-            self.unlinked.setdefault(header.link, []).append(header)
-            return False
-        return True
+        # What is there under a name that was not asked for is not the archive's.
+        if self._selection is None or self._selection.has(header.link):
+            with contextlib.suppress(FileNotFoundError):
+                self._link(_components(header.link), components)
+                return True
+        self.unlinked.setdefault(header.link, []).append(header)
+        return False
 
     def _link(self, first: tuple[bytes, ...], components: tuple[bytes, ...]) -> None:
         if not first:
@@ -285,8 +297,8 @@ class _Target:
                 if not make:
                     raise
                 os.mkdir(component, dir_fd=self._fd)
-                self._made[b"/".join([*(name for name, _ in self._open), component])] = None
                 fd = os.open(component, _DIRECTORY_FLAGS, dir_fd=self._fd)
+                self._implied.add(_identity(fd))
             os.close(self._fd)
             self._fd = fd
             self._open.append((component, _identity(fd)))
@@ -329,6 +341,8 @@ def _identity(fd: int) -> tuple[int, int]:
 def _components(name: bytes) -> tuple[bytes, ...]:
     """The name's parts; refused when it would lead out of the target."""
     parts = tuple(part for part in name.split(b"/") if part not in (b"", b"."))
+    if len(name) > _NAME_BYTES:
+        raise ExtractRefused(f"a member has a name of {len(name)} bytes; at most {_NAME_BYTES} are taken")
     if name.startswith(b"/") or b".." in parts or b"\0" in name:
         remedy = "the archive is hostile or was made by hand; look at it with zstd -d | tar tv"
         raise ExtractRefused(f"the name {printable(name)!r} leads out of the target directory", remedy=remedy)

@@ -172,6 +172,26 @@ def test_hard_links_without_their_first_name_get_the_content(episode: Path, tmp_
         assert os.readlink(target / names[2]) == "target"
 
 
+def test_a_hard_link_is_not_made_to_a_file_that_was_there(episode: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "out" / "ep-1" / "hard link"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine, of the name of the link's first")
+    with pytest.raises(ExtractRefused):
+        extract(over(packed(episode)), tmp_path / "out", ["ep-1/hard link"])
+    extract(over(packed(episode)), tmp_path / "out", ["ep-1/plain.jsonl"])
+    assert (tmp_path / "out" / "ep-1" / "plain.jsonl").read_bytes() == (episode / "plain.jsonl").read_bytes()
+    assert mine.stat().st_nlink == 1
+
+
+def test_a_stock_hard_link_finds_its_first_name_however_it_is_spelled(tmp_path: Path) -> None:
+    (tmp_path / "ep").mkdir()
+    (tmp_path / "ep" / "a").write_text("content")
+    (tmp_path / "ep" / "b").hardlink_to(tmp_path / "ep" / "a")
+    tar = subprocess.run(["tar", "c", "-C", tmp_path, "./ep/a", "./ep/b"], capture_output=True, check=True).stdout
+    extract(over(stock(tar)), tmp_path / "out", ["./ep/b"])
+    assert (tmp_path / "out" / "ep" / "b").read_text() == "content"
+
+
 def test_an_undecodable_name_is_asked_for_as_python_spells_it(episode: Path, tmp_path: Path) -> None:
     extract(over(packed(episode)), tmp_path / "out", [os.fsdecode(b"ep-1/latin-\xe9")])
     assert os.listdir(os.fsencode(tmp_path / "out" / "ep-1")) == [b"latin-\xe9"]
@@ -271,6 +291,26 @@ def test_a_name_with_a_nul_is_refused(tmp_path: Path) -> None:
     blocks = header(b"n" * 120 + b"\0" + b"m", 0o644, 0, 0, 0, 0)
     with pytest.raises(ExtractRefused):
         extract(over(stock(blocks + END_OF_ARCHIVE)), tmp_path / "out")
+
+
+def test_a_symlink_to_a_name_with_a_nul_is_refused(tmp_path: Path) -> None:
+    blocks = header(b"ep", 0o777, 0, 0, 0, 0, ord("2"), b"t" * 120 + b"\0" + b"m")
+    with pytest.raises(ExtractRefused):
+        extract(over(stock(blocks + END_OF_ARCHIVE)), tmp_path / "out")
+
+
+def test_a_name_of_a_million_directories_is_refused(tmp_path: Path) -> None:
+    blocks = header(b"d/" * 1_000_000, 0o755, 0, 0, 0, 0, ord("5"))
+    with pytest.raises(ExtractRefused):
+        extract(over(stock(blocks + END_OF_ARCHIVE)), tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_directory_named_after_what_is_in_it_gets_its_mode_and_time(tmp_path: Path) -> None:
+    blocks = header(b"d/e/file", 0o644, 0, 0, 0, 0) + header(b"d/e/", 0o750, 0, 0, 0, 1_600_000_000, ord("5"))
+    extract(over(stock(blocks + END_OF_ARCHIVE)), tmp_path / "out")
+    status = (tmp_path / "out" / "d" / "e").stat()
+    assert (status.st_mode & 0o777, status.st_mtime) == (0o750, 1_600_000_000)
 
 
 def test_a_hard_link_to_nothing_is_an_error(tmp_path: Path) -> None:
