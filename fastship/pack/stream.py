@@ -132,7 +132,7 @@ class TarStream:
             self._write(blocks)
 
     def _add_file(self, entry: Entry) -> None:
-        """The hot path: five system calls a small file (openat, fstat, preadv, fstat, close)."""
+        """The hot path: five system calls a small file (openat, fstat, preadv, fstat or the end, close)."""
         dir_fd, name, member, _ = entry
         try:
             fd = os.open(name, _FILE_FLAGS, dir_fd=dir_fd)
@@ -148,6 +148,10 @@ class TarStream:
             self._index(member, status, size, kind, link)
             self._write(blocks)
             if not size:
+                if not link and _has_content(fd, member):
+                    raise EpisodeChanged(
+                        f"{printable(member)} says that it is empty and has content: it grows, or is of /proc"
+                    )
                 return
             self._write_content(fd, size, member)
             if not same(status, os.fstat(fd)):
@@ -200,6 +204,14 @@ class TarStream:
         self._fill = 0
         if self._progress is not None:
             self._progress(self._before)
+
+
+def _has_content(fd: int, member: bytes) -> bool:
+    """Whether a file of no bytes has some: it grew since it was looked at, or its file system does not know sizes."""
+    try:
+        return bool(os.pread(fd, 1, 0))
+    except OSError as error:
+        raise read_fault(error, member) from None
 
 
 def _read_link(dir_fd: int, name: bytes, member: bytes) -> bytes:

@@ -293,6 +293,11 @@ def test_a_change_while_reading_is_noticed(tmp_path: Path, change: Callable[[Pat
         changing(tmp_path, change)
 
 
+def test_a_file_that_hides_its_size_is_not_packed_as_empty() -> None:
+    with pytest.raises(EpisodeChanged, match="random/"):
+        packed(Path("/proc/sys/kernel/random"))
+
+
 def test_the_pool_is_well_after_a_change(tmp_path: Path) -> None:
     episode = tmp_path / "ep"
     episode.mkdir()
