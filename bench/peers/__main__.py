@@ -62,6 +62,7 @@ def main() -> int:
     print(text)
     if arguments.write:
         chart = arguments.write.with_suffix(".svg")
+        chart.parent.mkdir(parents=True, exist_ok=True)
         chart.write_text(report.chart(tables), encoding="utf-8")
         text = report.markdown(tables, conditions, versions, chart=chart.name)
         report.replace_section(arguments.write, text)
