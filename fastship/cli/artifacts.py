@@ -9,6 +9,7 @@ Imports ``pack`` and ``frames`` when a command runs; only ``cli`` imports it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import sys
@@ -103,7 +104,7 @@ def pack(
         ratio = format_ratio(manifest.content_bytes, manifest.artifact_bytes)
         rate = format_rate(manifest.content_bytes, manifest.seconds)
         click.echo(
-            f"packed {manifest.members} members: {sizes} ({ratio}x) in {format_seconds(manifest.seconds)}, {rate}",
+            f"packed {_members(manifest.members)}: {sizes} ({ratio}x) in {format_seconds(manifest.seconds)}, {rate}",
             err=True,
         )
 
@@ -142,11 +143,12 @@ def extract(invocation: Invocation, file: Path, members: tuple[str, ...], target
     from fastship.pack import extract as extract_members
 
     started = time.monotonic()
+    _existing_file(file)
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{target}: {error.strerror}", remedy="-C takes a directory that you may write") from None
-    with ArtifactReader.open(_existing_file(file)) as reader:
+    with ArtifactReader.open(file) as reader:
         total = 0 if members else reader.content_bytes or 0
         with _byte_progress(file.name, total, quiet=invocation.quiet) as progress:
             result = extract_members(reader, target, members, progress, threads=len(os.sched_getaffinity(0)))
@@ -158,8 +160,12 @@ def extract(invocation: Invocation, file: Path, members: tuple[str, ...], target
     for name in result.skipped:
         click.echo(f"fastship: left out, as it is a device: {printable(name)}", err=True)
     if not invocation.quiet:
-        told = f"extracted {result.members} members, {format_bytes(result.bytes)}, into {printable(str(target))}"
+        told = f"extracted {_members(result.members)}, {format_bytes(result.bytes)}, into {printable(str(target))}"
         click.echo(f"{told} in {format_seconds(seconds)}, {format_rate(result.bytes, seconds)}", err=True)
+
+
+def _members(count: int) -> str:
+    return "1 member" if count == 1 else f"{count} members"
 
 
 def _existing_directory(directory: Path) -> Path:
@@ -198,12 +204,18 @@ def _output_file(output: str, episode: Path, *, force: bool) -> Iterator[BinaryI
         with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as sink:
             yield _WholeWrites(sink)  # type: ignore[misc]
         return
+    if not output or output.endswith("/") or Path(output).is_dir():
+        raise UsageError(
+            f"{output or 'the empty name'} is {'a directory' if output else 'no FILE'}",
+            remedy=f"-o {Path(output or '.') / (episode.name + '.tar.zst')}",
+        )
     path = Path(output)
-    partial = path.with_name(path.name + ".partial")
-    if path.is_dir():
-        raise UsageError(f"{path} is a directory", remedy=f"-o {path / (episode.name + '.tar.zst')}")
     if os.path.lexists(path) and not force:
         raise UsageError(f"{path} is there already", remedy="--force to replace it")
+    path = Path(os.path.realpath(path))  # a link stays, what it leads to is replaced
+    if path.exists() and not path.is_file():  # above all not /dev/null, for root
+        raise UsageError(f"{path} is not a file, and only a file is replaced", remedy="-o - > IT, if you mean it")
+    partial = path.with_name(path.name + ".partial")
     if episode in path.absolute().parent.resolve().joinpath("x").parents:
         raise UsageError(f"{path} would be inside the directory that is packed", remedy="-o a FILE elsewhere")
     try:
@@ -220,11 +232,22 @@ def _output_file(output: str, episode: Path, *, force: bool) -> Iterator[BinaryI
             os.replace(partial, path)
             durable.sync_directory(path.parent)
         else:
-            durable.publish(partial, path)
+            _publish(partial, path)
     except FileExistsError:
         raise UsageError(f"{path} appeared meanwhile", remedy="--force to replace it") from None
     finally:
         durable.unlink_if_present(partial)
+
+
+def _publish(partial: Path, path: Path) -> None:
+    from fastship import durable
+
+    try:
+        durable.publish(partial, path)
+    except OSError as error:
+        if error.errno not in {errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK}:
+            raise
+        durable.move(partial, path)  # FAT and its like have no hard links
 
 
 class _WholeWrites:

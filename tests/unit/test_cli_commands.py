@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -374,15 +375,46 @@ def test_pack_replaces_only_when_told(run: Run, episode: Path, tmp_path: Path) -
         (["-o", "ep-1/inside"], "inside the directory"),
         (["-o", "gone/x"], "No such file"),
         (["-o", "ep-1"], "is a directory"),
+        (["-o", ""], "no FILE"),
+        (["-o", "."], "is a directory"),
+        (["-o", "/"], "is a directory"),
+        (["-o", "new/"], "is a directory"),
+        (["-o", "fifo", "--force"], "only a file is replaced"),
         (["-o", "-", "--json"], "both want standard output"),
     ],
 )
 def test_pack_refuses_an_output_that_cannot_be(run: Run, episode: Path, arguments: list[str], said: str) -> None:
-    before = sorted(episode.rglob("*"))
+    os.mkfifo(episode.parent / "fifo")  # as /dev/null is: for root, replacing it would harm all
+    before = sorted(episode.parent.rglob("*"))
     ran = run("pack", "ep-1", *arguments)
     assert (ran.code, ran.out) == (2, "")
     assert said in ran.err
-    assert sorted(episode.rglob("*")) == before
+    assert sorted(episode.parent.rglob("*")) == before
+
+
+def test_force_keeps_a_link_and_replaces_what_it_leads_to(run: Run, episode: Path, tmp_path: Path) -> None:
+    (tmp_path / "x").symlink_to("real")
+    (tmp_path / "real").write_text("old")
+    assert run("pack", "ep-1", "-o", "x", "--force").code == 0
+    assert os.readlink(tmp_path / "x") == "real"
+    assert run("ls", "real").code == 0
+
+
+def test_pack_works_where_there_are_no_hard_links(
+    run: Run, episode: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "as vfat says")
+
+    monkeypatch.setattr(os, "link", link)
+    assert run("pack", "ep-1", "-o", "x").code == 0
+    assert run("pack", "ep-1", "-o", "x").code == 2
+    assert run("ls", "x").code == 0
+
+
+def test_extract_of_nothing_makes_no_directory(run: Run, episode: Path, tmp_path: Path) -> None:
+    assert run("extract", "nope", "-C", "out").code == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_pack_that_fails_leaves_no_file(run: Run, episode: Path, tmp_path: Path) -> None:
