@@ -271,7 +271,7 @@ def _conf() -> Any:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a BOM
     except FileNotFoundError:
         raise SettingsError(f"{path}: no such settings file", remedy="make one with: fastship init DIR") from None
     except OSError as error:

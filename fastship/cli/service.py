@@ -9,6 +9,7 @@ Imports ``shipper``, ``receiver``, ``spool`` when a command runs, and ``status``
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -137,7 +138,7 @@ def status(invocation: Invocation, source: SettingsSource, as_json: bool) -> Non
     root = Path(source.load(need=("spool.root",)).settings.spool.root)
     spool = Spool(root)
     if not spool.paths.episodes.is_dir():
-        raise UsageError(f"{root} is not a spool yet", remedy=f"fastship init {root}")
+        raise UsageError(f"{root} is not a spool yet", remedy=f"fastship init {shlex.quote(str(root))}")
     snapshot = status_file.read(spool.paths.state)
     running = snapshot is not None and _is_locked(spool.paths.lock)
     if running and snapshot is not None:

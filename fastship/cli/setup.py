@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,13 +74,14 @@ def init(invocation: Invocation, directory: Path, url: str) -> None:
         raise UsageError(f"cannot make a spool in {directory}: {error.strerror}: {error.filename}") from None
     if invocation.quiet:
         return
+    file_argument = shlex.quote(str(target))
     write_line(f"made the spool {directory} and {target}")
     write_line("next:")
     if not url:
         write_line(f"  set destination.url in {target}")
     write_line(f"  recorders write {directory}/episodes/ID/ and, last of all, {directory}/episodes/ID/done.marker")
-    write_line(f"  fastship config check -c {target}")
-    write_line(f"  fastship run -c {target}")
+    write_line(f"  fastship config check -c {file_argument}")
+    write_line(f"  fastship run -c {file_argument}")
 
 
 @click.group()
@@ -192,7 +194,7 @@ def _spool_problems(root: Path) -> Iterator[str]:
         try:
             found = path.stat()
         except OSError as error:
-            yield f"spool.root: {path}: {error.strerror} (`fastship init {root}` makes it)"
+            yield f"spool.root: {path}: {error.strerror} (`fastship init {shlex.quote(str(root))}` makes it)"
             if path == root:
                 return
             continue

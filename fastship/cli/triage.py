@@ -8,6 +8,7 @@ Imports ``spool`` (to look) and ``shipper`` (to act) when a command runs; only `
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import TYPE_CHECKING, Literal
 
@@ -159,7 +160,9 @@ def _spool(source: SettingsSource) -> Spool:
 
     spool = Spool(_settings(source).spool.root)
     if not spool.paths.quarantine.is_dir() or not spool.paths.holds.is_dir():
-        raise UsageError(f"{spool.paths.root} is not a spool yet", remedy=f"fastship init {spool.paths.root}")
+        raise UsageError(
+            f"{spool.paths.root} is not a spool yet", remedy=f"fastship init {shlex.quote(str(spool.paths.root))}"
+        )
     return spool
 
 

@@ -105,7 +105,7 @@ def run_demo(
         finally:
             recording.stop()
             recording.join()
-        say("reading every episode back from the receiver and comparing it with what was recorded")
+        say("reading every episode back from the receiver and comparing")
         compared = []
         for name in sorted(makers):
             compared.append(_read_back(receiver.url, name, spool, directory, seen.get(name), keep=keep))

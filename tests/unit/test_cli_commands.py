@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -236,6 +237,12 @@ def test_init_makes_a_spool_whose_settings_load(run: Run, tmp_path: Path) -> Non
     assert settings.destination.url == "https://receiver.example:8443"
     assert {"episodes", "outbox", "shipped", "quarantine"} <= {path.name for path in (tmp_path / "lab").iterdir()}
     assert run("config", "check", "-c", "lab/fastship.toml").code == 0
+
+
+def test_what_init_says_to_type_next_can_be_typed(run: Run, tmp_path: Path) -> None:
+    ran = run("init", "my lab's", "--url", "https://receiver.example")
+    command = next(line for line in ran.out.splitlines() if "config check" in line)
+    assert run(*shlex.split(command)[1:]).code == 0
 
 
 def test_init_overwrites_nothing_and_makes_nothing_for_a_wrong_url(run: Run, tmp_path: Path) -> None:

@@ -30,6 +30,11 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
+def test_a_file_may_begin_with_a_byte_order_mark_and_have_lines_of_windows(tmp_path: Path) -> None:
+    (tmp_path / "f.toml").write_bytes(b"\xef\xbb\xbf[pack]\r\nlevel = 7\r\n")
+    assert Settings.load(tmp_path / "f.toml").pack.level == 7
+
+
 # -- conf/default.toml is the documentation ------------------------------------------------------------------
 
 
