@@ -1,170 +1,126 @@
-"""What packing costs beside its parts: the CPU of `pack` over the CPU of reading, zstd, BLAKE3 and SHA-256 alone.
+"""What packing costs beside its parts: `pack` and the floor (``bench.floor``) in turn, each round's digest compared.
 
-    pytest bench/bench_pack.py                      256 MB, and 100 small episodes
-    FASTSHIP_BENCH_BYTES=1000000000 pytest bench/bench_pack.py
-
-Floor and actual are taken in turn within one run, as CPU seconds of the process, the least of three rounds each: the
-ratio holds on a noisy machine where seconds do not. The floor compresses the same frames one-shot in one thread and
-reads the same files into one buffer; it writes nothing, while `pack` writes the artifact to a file. Each round's digest
-is compared with the floor's. The ratio is in the benchmark's extra_info and on stdout (``-s``).
+Efficiency is floor over actual CPU. With both cores the wall is also set beside the floor's CPU divided by the threads:
+how much of the machine was at work.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import blake3
 import pytest
-import zstandard
 
-from bench.corpus import Corpus
-from fastship.episode import Manifest
-from fastship.frames import ArtifactReader, FramePool
-from fastship.pack import PackOptions, fingerprint, pack
+from bench import measure
+from bench.compare import SCALE, Compared, beside, note, pack_into
+from bench.corpus import SHAPES, Corpus
+from bench.floor import Floor
+from bench.measure import Cost
+from bench.recordings import SETS, NotFetched, write_recordings
+from fastship.frames import FramePool
+from fastship.pack import PackOptions, fingerprint
 
-TOTAL_BYTES = int(os.environ.get("FASTSHIP_BENCH_BYTES", 256_000_000))
-FRAME_BYTES = 8 << 20
-SMALL_EPISODES, SMALL_FILES, SMALL_FILE_BYTES = 100, 64, 16_384
-ROUNDS = 3
-
-
-class Floor:
-    """The parts of packing alone. The frames are those of an artifact, so that zstd has the very same input."""
-
-    def __init__(self, level: int) -> None:
-        self._compressor = zstandard.ZstdCompressor(level=level, write_checksum=True)
-        self._buffer = memoryview(bytearray(FRAME_BYTES))
-
-    def cpu_seconds(self, episode: Path, artifact: bytes | Path) -> tuple[dict[str, float], str]:
-        """Seconds by part, and the content digest that came out."""
-        parts = {"read": self._read(episode), "zstd": 0.0, "blake3": 0.0, "sha256": 0.0}
-        content, digest = blake3.blake3(), hashlib.sha256()
-        with _open(artifact) as reader:
-            for frame in reader.stream():
-                times = [time.process_time()]
-                compressed = self._compressor.compress(frame)
-                times.append(time.process_time())
-                content.update(frame)
-                times.append(time.process_time())
-                digest.update(compressed)
-                times.append(time.process_time())
-                for part, start, end in zip(("zstd", "blake3", "sha256"), times, times[1:], strict=False):
-                    parts[part] += end - start
-        return parts, content.hexdigest()
-
-    def _read(self, episode: Path) -> float:
-        start = time.process_time()
-        for name in os.listdir(episode):
-            fd = os.open(episode / name, os.O_RDONLY)
-            while os.readv(fd, [self._buffer]) == len(self._buffer):
-                pass
-            os.close(fd)
-        return time.process_time() - start
+pytestmark = pytest.mark.timeout(0)
 
 
-def _open(artifact: bytes | Path) -> ArtifactReader:
-    if isinstance(artifact, Path):
-        return ArtifactReader.open(artifact)
-    return ArtifactReader(lambda offset, length: artifact[offset : offset + length], len(artifact))
-
-
-@pytest.fixture(scope="module")
-def corpus() -> Corpus:
-    return Corpus()
-
-
-@pytest.fixture(scope="module")
-def episode(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("bench") / "large"
-    assert corpus.write_episode(path, TOTAL_BYTES, 16_000_000) == TOTAL_BYTES
-    return path
-
-
-@pytest.mark.timeout(0)
-@pytest.mark.parametrize(("level", "threads"), [(1, 2), (3, 1), (3, 2)])
-def test_a_large_episode(benchmark: Any, episode: Path, tmp_path: Path, level: int, threads: int) -> None:
-    options, artifact = PackOptions(level=level, frame_bytes=FRAME_BYTES), tmp_path / "a.tar.zst"
-    floor, floors, actuals = Floor(level), [], []
-
-    def run(pool: FramePool) -> Manifest:
-        with open(artifact, "wb", buffering=0) as sink:
-            return pack(episode, sink, options, pool)
-
+def compare(benchmark: Any, episodes: list[Path], work: Path, level: int, threads: int) -> Compared:
+    outbox = work / "outbox"
+    outbox.mkdir(exist_ok=True)
+    floor = Floor(level, threads, work / "scratch")
+    options = PackOptions(level=level)
     with FramePool(threads) as pool:
-        run(pool)  # the page cache is warm and the pool's buffers are there
-        for _ in range(ROUNDS):
-            parts, digest = floor.cpu_seconds(episode, artifact)
-            floors.append(sum(parts.values()))
-            manifest = run(pool)
-            actuals.append(manifest.cpu_seconds)
-            assert manifest.content_blake3 == digest
-        manifest = benchmark.pedantic(run, args=(pool,), rounds=1)
-    assert manifest.fingerprint == fingerprint(episode, "keep")
-    _report(benchmark, min(floors), min(actuals), manifest)
-    if threads == 1:  # two threads at once cost each other cache: zstd alone takes up to 1.3 times the CPU then
-        assert min(actuals) <= 1.25 * min(floors)
+        # Also warms the page cache and makes the pool's buffers.
+        artifacts = [pack_into(outbox, path, pool, options) for path in episodes]
 
+        def least_possible() -> Cost:
+            cost = floor.cost(episodes, [artifact.path for artifact in artifacts])
+            assert cost.contents == [artifact.manifest.content_blake3 for artifact in artifacts]
+            parts.append(cost.parts)
+            return Cost(cost.cpu_s / threads, cost.cpu_s, 0)
 
-@pytest.mark.timeout(0)
-def test_small_episodes(benchmark: Any, corpus: Corpus, tmp_path: Path) -> None:
-    episodes = [tmp_path / f"small-{number:03d}" for number in range(SMALL_EPISODES)]
-    for number, path in enumerate(episodes):
-        corpus.write_episode(path, SMALL_FILES * SMALL_FILE_BYTES, SMALL_FILE_BYTES, number)
-    floor, floors, actuals = Floor(3), [], []
+        def actual() -> Cost:
+            cost, made = measure.metered(lambda: [pack_into(outbox, path, pool, options) for path in episodes])
+            assert [one.manifest.artifact_sha256 for one in made] == [one.manifest.artifact_sha256 for one in artifacts]
+            return cost
 
-    def run(pool: FramePool) -> list[tuple[Manifest, bytes]]:
-        made = []
-        for path in episodes:
-            sink = io.BytesIO()
-            made.append((pack(path, sink, PackOptions(), pool), sink.getvalue()))
-        return made
-
-    with FramePool(1) as pool:
-        made = run(pool)
-        for _ in range(ROUNDS):
-            total = 0.0
-            for path, (manifest, artifact) in zip(episodes, made, strict=True):
-                parts, digest = floor.cpu_seconds(path, artifact)
-                total += sum(parts.values())
-                assert digest == manifest.content_blake3
-            floors.append(total)
-            start = time.process_time()
-            made = run(pool)
-            actuals.append(time.process_time() - start)
-        benchmark.pedantic(run, args=(pool,), rounds=1)
-    _report(benchmark, min(floors), min(actuals), made[0][0])
-    assert min(actuals) <= 1.6 * min(floors)
-
-
-@pytest.mark.timeout(0)
-def test_memory(benchmark: Any, episode: Path) -> None:
-    script = (
-        "import sys\nfrom pathlib import Path\nfrom fastship.frames import FramePool\n"
-        "from fastship.pack import PackOptions, pack\n"
-        "with FramePool(2) as pool, open('/dev/null', 'wb', buffering=0) as sink:\n"
-        "    pack(Path(sys.argv[1]), sink, PackOptions(), pool)\n"
-        # Not ru_maxrss: a process started by vfork begins with its parent's.
-        "print(int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) // 1024)\n"
+        parts: list[dict[str, float]] = []
+        raw_bytes = sum(artifact.manifest.content_bytes for artifact in artifacts)
+        compared = beside(
+            benchmark,
+            actual,
+            {"floor": least_possible},
+            raw_bytes=raw_bytes,
+            ratio=raw_bytes / sum(artifact.manifest.artifact_bytes for artifact in artifacts),
+        )
+    assert artifacts[0].manifest.fingerprint == fingerprint(episodes[0], "keep")
+    note(
+        benchmark,
+        efficiency=1 / compared.cpu_ratio("floor"),
+        floor_parts={k: round(v, 3) for k, v in parts[-1].items()},
     )
-    command = [sys.executable, "-c", script, str(episode)]
-    done = benchmark.pedantic(subprocess.run, args=(command,), kwargs={"capture_output": True, "check": True}, rounds=1)
-    benchmark.extra_info["peak_rss_mib"] = peak = int(done.stdout)
-    print(f"\n{TOTAL_BYTES / 1e6:.0f} MB, 2 threads: peak {peak} MiB")
-    assert peak < 200
+    print("efficiency", benchmark.extra_info["efficiency"], "of the floor's", benchmark.extra_info["floor_parts"])
+    return compared
 
 
-def _report(benchmark: Any, floor: float, actual: float, manifest: Manifest) -> None:
-    benchmark.extra_info.update(
-        floor_cpu_s=round(floor, 3),
-        actual_cpu_s=round(actual, 3),
-        actual_over_floor=round(actual / floor, 3),
-        compression=round(manifest.content_bytes / manifest.artifact_bytes, 2),
-    )
-    print("\n", benchmark.name, benchmark.extra_info)
+@pytest.mark.parametrize(("level", "threads"), [(1, 2), (3, 1), (3, 2)])
+def test_large(benchmark: Any, corpus: Corpus, work: Path, level: int, threads: int) -> None:
+    path = work / "large"
+    if not path.exists():
+        # At least 100 MB in one episode: one of a few frames measures the start and the end of the pool.
+        shape = SHAPES["large"].scaled(max(SCALE, 0.4))
+        corpus.write_episode(path, shape.episode_bytes, shape.file_bytes)
+    compared = compare(benchmark, [path], work, level, threads)
+    if threads == 1:
+        assert compared.cpu_ratio("floor") <= 1.25
+
+
+@pytest.mark.parametrize("shape", ["small", "tiny", "video", "logs", "arrays"])
+def test_shape(benchmark: Any, corpus: Corpus, work: Path, shape: str) -> None:
+    episodes = corpus.write_shape(work / shape, shape, SCALE)
+    compare(benchmark, episodes, work, 3, 1)
+
+
+@pytest.mark.parametrize("name", sorted(SETS))
+def test_recordings(benchmark: Any, work: Path, name: str) -> None:
+    try:
+        episodes = write_recordings(work / name, name)
+    except NotFetched as why:
+        pytest.skip(str(why))
+    for path in episodes:  # the floor reads flat episodes
+        for file in [*path.rglob("*")]:
+            if file.is_file() and file.parent != path:
+                file.rename(path / str(file.relative_to(path)).replace("/", "_"))
+        for folder in sorted((each for each in path.rglob("*") if each.is_dir()), reverse=True):
+            folder.rmdir()
+    compare(benchmark, episodes, work, 3, 1)
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from fastship.frames import FramePool
+from fastship.pack import PackOptions, pack
+with FramePool(2) as pool, open('/dev/null', 'wb', buffering=0) as sink:
+    pack(Path(sys.argv[1]), sink, PackOptions(), pool)
+# Not ru_maxrss: a process started by vfork begins with its parent's.
+print(int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) // 1024)
+"""
+
+
+def test_memory(benchmark: Any, corpus: Corpus, work: Path) -> None:
+    """Two threads, in a process of its own: the same for 10 MB and for the whole of a huge episode."""
+    peaks = []
+    for name, size in (("ten", 10_000_000), ("huge", round(SHAPES["huge"].episode_bytes * SCALE))):
+        path = work / f"memory-{name}"
+        corpus.write_episode(path, size, size)
+        command = [sys.executable, "-c", MEMORY, str(path)]
+        if name == "huge":
+            done = benchmark.pedantic(subprocess.run, (command,), {"capture_output": True, "check": True}, rounds=1)
+        else:
+            done = subprocess.run(command, capture_output=True, check=True)
+        peaks.append(int(done.stdout))
+    note(benchmark, peak_mib_10_mb=peaks[0], peak_mib=peaks[1], host=measure.host(), versions=measure.versions())
+    print(f"\npeak {peaks[0]} MiB for 10 MB, {peaks[1]} MiB for {size / 1e6:.0f} MB")
+    assert peaks[1] < 200
