@@ -4,7 +4,7 @@ What always holds: an ``Upload-Offset`` that left the receiver is durable; a 201
 receipt are on disk under the episode's name and verified; an artifact once published is never replaced. The wire
 is docs/protocol.md. Inside, imports go one way:
 
-    __main__ > server > app > (reading | store) > uploads > (lock > partial | reserved)
+    __main__ > server > (connection | app)      app > (reading | store) > uploads > (lock > partial | reserved)
     app > reading > request > ingest > partial      uploads > decisions > (access | answers)
 
 Imports ``settings``, ``episode``, ``durable``, ``fields``, ``frames`` and ``errors`` of fastship, never ``upload``.

@@ -41,6 +41,8 @@ _log = logging.getLogger("fastship.receiver")
 
 IDLE_TIMEOUT_S = 60.0  # a body of which nothing comes for so long is given up; what came is kept
 _BUSY_WAIT_S = 20.0  # for an artifact that is being verified, before the client is asked to come again
+_TRY_S = 0.05  # so long a thread waits for an upload's lock, then it serves others
+_LARGE_BYTES = 256 << 20  # of artifact or content: about a third of a second to verify
 _MEND_INTERVAL_S = 3600.0
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ROUTE = re.compile(r"/v1/(episodes|uploads|receipts)/([^/]*)")
@@ -69,6 +71,7 @@ class Receiver:
         self._metrics = Metrics()
         self._io = ThreadPoolExecutor(16, "receiver-io")
         self._publishing = ThreadPoolExecutor(8, "receiver-publish")  # fsyncs of several share one commit
+        self._verifying = ThreadPoolExecutor(2, "receiver-verify")  # of what takes so long that others would wait
         self._open_bodies = 0
         self._mending: asyncio.Task[None] | None = None
 
@@ -82,6 +85,7 @@ class Receiver:
         """Let threads end; does not wait for them."""
         self._io.shutdown(wait=False)
         self._publishing.shutdown(wait=False)
+        self._verifying.shutdown(wait=False)
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -128,6 +132,11 @@ class Receiver:
             await request.text(self._metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
             return None
         match = _ROUTE.fullmatch(request.path)
+        if "upgrade" in request.headers and request.method in ("PUT", "PATCH"):
+            # The HTTP parser reads no body then (RFC 9110, 7.8 would let us ignore the field).
+            return answers.error(
+                400, "bad-field", "Upgrade is not taken here", ("Connection", "close"), field="Upgrade"
+            )
         if match is None:
             return answers.error(404, "not-found", "no such resource; see docs/protocol.md")
         kind, name = match[1], match[2]
@@ -201,22 +210,24 @@ class Receiver:
         partial = await self._in(self._io, self._uploads.one_shot)
         try:
             digest = hashlib.sha256() if body.sha256 else None
-            limit = self._settings.max_bytes or None
+            most = declared.length if declared.length is not None else self._settings.max_bytes or None
             try:
-                end = await self._ingest(request, partial, limit, digest)
+                end = await self._ingest(request, partial, most, digest)
             except OSError as error:
                 if declared.sha256 and not body.sha256 and not isinstance(error, Unsynced):
                     await self._in(self._io, self._keep, declared, partial)
                 return self._storage_failed(error)
-            if end is End.TOO_LONG:
+            if end is End.TOO_LONG and declared.length is None:
                 return self._count(decisions.too_large(self._settings.max_bytes))
+            if end is End.TOO_LONG or (end is End.WHOLE and declared.length not in (None, partial.offset)):
+                return answers.length_mismatch("the body is not as long as Upload-Length said", 0)
             if end is not End.WHOLE:
                 if declared.sha256 and not body.sha256:
                     await self._in(self._io, self._keep, declared, partial)
                 return _GIVEN_UP if end is End.IDLE else None
             if digest is not None and digest.hexdigest() != body.sha256:
                 return self._count(_digest_mismatch("the body is not what Content-Digest says"))
-            answer, _ = await self._in(self._publishing, self._publish, partial, declared)
+            answer, _ = await self._in(self._lane(partial, declared), self._publish, partial, declared)
             if declared.sha256 and answer.status < 300:
                 await self._in(self._io, self._forget, self._uploads.token(declared))
             return self._count(answer)
@@ -226,7 +237,7 @@ class Receiver:
 
     async def _create(self, request: Request, declared: Declared, body: Body) -> Answer | None:
         """Way 2, creation: find or begin the upload; the body, if any, is its first bytes."""
-        upload = await self._take(lambda: self._uploads.create(declared))
+        upload = await self._take(lambda: self._uploads.create(declared, wait_s=_TRY_S))
         if isinstance(upload, Answer):
             return upload
         try:
@@ -255,7 +266,7 @@ class Receiver:
             return append
         if not body.empty and self._open_bodies >= self._settings.max_requests:
             return decisions.OVERLOADED.with_fields(*answers.about_upload())
-        upload = await self._take(lambda: self._uploads.take(token))
+        upload = await self._take(lambda: self._uploads.take(token, wait_s=_TRY_S))
         if isinstance(upload, Answer):
             return await self._in(self._io, self._ended, token) or upload
         try:
@@ -274,7 +285,8 @@ class Receiver:
             if stopped:
                 return answer
             if body.complete:
-                return self._count(await self._in(self._publishing, self._finish, upload))
+                lane = self._lane(upload.partial, upload.declared)
+                return self._count(await self._in(lane, self._finish, upload))
             offset = await self._in(self._io, upload.tell)
             told = answers.about_upload(offset)
             if body.want_digest:
@@ -320,7 +332,7 @@ class Receiver:
         return True, _GIVEN_UP.with_fields(*answers.about_upload(offset)) if end is End.IDLE else None
 
     async def _head_upload(self, _request: Request, token: str) -> Answer | None:
-        look = await self._take(lambda: self._uploads.look(token))
+        look = await self._take(lambda: self._uploads.look(token, wait_s=_TRY_S))
         if isinstance(look, Answer):
             return look
         complete = (fields.UPLOAD_COMPLETE, fields.format_boolean(look.ended is not None))
@@ -330,10 +342,14 @@ class Receiver:
         return Answer(204, None, told)
 
     async def _delete_upload(self, _request: Request, token: str) -> Answer | None:
-        gone = await self._take(lambda: self._uploads.cancel(token))
+        gone = await self._take(lambda: self._uploads.cancel(token, wait_s=_TRY_S))
         return gone if isinstance(gone, Answer) else Answer(204)
 
     # --- in threads ------------------------------------------------------------------------------------------
+
+    def _lane(self, partial: Partial, declared: Declared) -> Executor:
+        large = max(partial.offset, declared.content_bytes or 0) > _LARGE_BYTES
+        return self._verifying if large else self._publishing
 
     def _publish(self, partial: Partial, declared: Declared) -> tuple[Answer, bool]:
         """The verdict on a whole artifact, and whether the partial is still good for another try."""
@@ -412,6 +428,7 @@ class Receiver:
     async def _take(self, function: Callable[[], T]) -> T | Answer:
         """Call into the uploads, waiting for an artifact that is being verified, and answer what cannot be."""
         deadline = time.monotonic() + _BUSY_WAIT_S
+        pause_s = _TRY_S
         while True:
             try:
                 return await self._in(self._io, function)
@@ -424,7 +441,8 @@ class Receiver:
             except Busy:
                 if time.monotonic() > deadline:
                     return answers.BEING_VERIFIED
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, 1.0)
 
     async def _ingest(self, request: Request, partial: Partial, limit: int | None, digest: Any) -> End:
         self._open_bodies += 1

@@ -73,6 +73,8 @@ def read_body(headers: Mapping[str, str]) -> Body | Answer:
     length = fields.parse_integer(headers.get("content-length"))
     if "transfer-encoding" in headers:
         length = None
+    elif length is None and "content-length" in headers:
+        return _bad_field("Content-Length", "a number of at most 15 digits")
     elif length is None:
         length = 0  # RFC 9112, 6.3: no length and no transfer coding is no body
     complete = fields.parse_boolean(headers.get("upload-complete"))

@@ -20,6 +20,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 
 BATCH_BYTES = 1 << 20  # a thread hop costs about 0.1 ms, digest and write of so much 1 to 2 ms
+_BATCH_PIECES = 1024  # a piece of one byte costs 40 bytes to keep; as many as one pwritev(2) takes
 _CLOCK_S = 1.0  # how finely the idle limit is kept; moving a timer for each 64 KiB costs more than it is worth
 
 
@@ -98,7 +99,7 @@ class _Writer:
     async def put(self, body: bytes) -> None:
         self._batch.append(body)
         self._batch_bytes += len(body)
-        if self._batch_bytes >= BATCH_BYTES:
+        if self._batch_bytes >= BATCH_BYTES or len(self._batch) >= _BATCH_PIECES:
             await self._hand_over()
 
     async def flush(self) -> None:

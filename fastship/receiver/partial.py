@@ -3,7 +3,8 @@
 What always holds: bytes below ``offset`` never change; the running SHA-256, where there is one, covers exactly
 ``offset`` bytes. A partial is used by one request at a time (one thread writes; `sync` may run beside it).
 
-Blocks on the disk; called from threads, never on the event loop. Imported by ``lock``, ``uploads``, ``store``, ``ingest``, ``app``.
+Blocks on the disk; called from threads, never on the event loop. Imported by most of
+the package.
 """
 
 from __future__ import annotations

@@ -75,6 +75,8 @@ def serve_socket(
     """Serve the listening socket in this process; blocks. ``ready`` is called once; ends when ``orphaned``."""
     import uvicorn
 
+    from fastship.receiver.connection import Connection
+
     _keep_freed_memory()
 
     class Server(uvicorn.Server):
@@ -92,7 +94,7 @@ def serve_socket(
         tls |= {"ssl_ca_certs": settings.client_ca, "ssl_cert_reqs": ssl.CERT_REQUIRED}
     config = uvicorn.Config(
         create_app(settings),
-        http="httptools",
+        http=Connection,
         loop="uvloop",
         ws="none",
         lifespan="on",

@@ -36,6 +36,7 @@ from fastship.receiver.reserved import Reserved
 _log = logging.getLogger("fastship.receiver")
 _TOKEN = re.compile(r"[0-9a-f]{64}")
 _ORPHAN_AGE_S = 3600.0  # of files whose process may still be about to use them
+WAIT_S = 5.0  # for an upload's lock; whoever verifies holds it for longer
 _GENERATIONS = 10**11  # where one may begin; lock has room for ten times as many
 _WRITER_WAIT_S = 60.0  # a HEAD's fdatasync on a slow disk must not end an append
 
@@ -122,13 +123,16 @@ class Uploads:
         fcntl.flock(fd, fcntl.LOCK_EX)
         return Partial(path, fd)
 
-    def create(self, declared: Declared) -> Upload:
-        """Find the upload of this artifact or begin one, and take it over. Idempotent. Raises `Busy`."""
+    def create(self, declared: Declared, *, wait_s: float = WAIT_S) -> Upload:
+        """Find the upload of this artifact or begin one, and take it over. Idempotent.
+
+        Raises `Busy` after ``wait_s``, `LengthMismatch`.
+        """
         token = self.token(declared)
         while True:
             lock = UploadLock(self._path(token, "lock"), make=True)
             try:
-                with lock.locked():
+                with lock.locked(wait_s):
                     known = self._read(token)
                     if known is None:
                         self._begin(token, declared, lock)
@@ -146,11 +150,11 @@ class Uploads:
                 lock.close()
                 raise
 
-    def take(self, token: str) -> Upload:
+    def take(self, token: str, *, wait_s: float = WAIT_S) -> Upload:
         """Take an upload over, so that whoever wrote before stops. Raises `UnknownUpload`, `Busy`."""
         lock = self._open_lock(token)
         try:
-            with lock.locked():
+            with lock.locked(wait_s):
                 known = self._read(token)
                 if known is None:
                     raise UnknownUpload
@@ -176,7 +180,7 @@ class Uploads:
             durable.write_file(self._path(upload.token, "json"), msgspec.json.encode(upload.declared))
         self._reserved.note(upload.token, length)
 
-    def look(self, token: str) -> Look:
+    def look(self, token: str, *, wait_s: float = WAIT_S) -> Look:
         """The durable offset, without disturbing a request that is writing. Raises `UnknownUpload`, `Busy`."""
         ended = self.ended(token)
         if ended is not None:
@@ -190,14 +194,14 @@ class Uploads:
             return ended
         try:
             self._sync_part(token, lock)  # most of the wait, while the writer goes on
-            with lock.locked():
+            with lock.locked(wait_s):
                 known = self._read(token)
                 if known is None:
                     raise UnknownUpload
                 state = self._settle(token, lock)
                 return Look(state.synced, known.length)
         except Gone:
-            return self.look(token)
+            return self.look(token, wait_s=wait_s)
         finally:
             lock.close()
 
@@ -238,13 +242,13 @@ class Uploads:
         self._remove(token)
         upload.ended = True
 
-    def cancel(self, token: str) -> None:
+    def cancel(self, token: str, *, wait_s: float = WAIT_S) -> None:
         """Remove an upload or its tombstone; whoever writes stops. Raises `UnknownUpload`, `Busy`."""
         if durable.unlink_if_present(self._ended / f"{_checked(token)}.json"):
             return
         lock = self._open_lock(token)
         try:
-            with lock.locked():
+            with lock.locked(wait_s):
                 self._remove(token)
         except Gone:
             raise UnknownUpload from None

@@ -115,3 +115,23 @@ def test_a_cancelled_request_leaves_no_thread_behind(partial: Partial) -> None:
 
     asyncio.run(main())
     assert WHOLE.startswith(partial.path.read_bytes())
+
+
+def test_crumbs_are_not_gathered_for_long(partial: Partial) -> None:
+    """A piece costs 40 bytes to keep, however small: a batch is full by its pieces, too."""
+    crumbs = body([b"x"] * 3000, LAST)
+    written = []
+
+    async def receive() -> Message:
+        message = await crumbs()
+        if message is LAST:
+            for _ in range(10_000):
+                if partial.offset >= 2000:
+                    break
+                await asyncio.sleep(0.001)
+            written.append(partial.offset)
+        return message
+
+    assert run(partial, receive) is End.WHOLE
+    assert written[0] >= 2000
+    assert partial.offset == 3000
