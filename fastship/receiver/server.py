@@ -58,8 +58,8 @@ def serve(settings: ReceiverSettings, *, announce: Callable[[str], None]) -> int
     url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
     with listening:
         if settings.workers == 1:
-            with _signals_end_quietly():
-                serve_socket(settings, listening, ready=lambda: announce(url))
+            with _signals_end_quietly() as told:
+                serve_socket(settings, listening, ready=lambda: announce(url), orphaned=lambda: bool(told))
         else:
             _Processes(settings, listening).run(lambda: announce(url))
     return EXIT_OK
@@ -122,8 +122,8 @@ def worker_main(arguments: list[str]) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    with listening, _signals_end_quietly():
-        serve_socket(settings, listening, ready=ready, orphaned=lambda: os.getppid() != parent)
+    with listening, _signals_end_quietly() as told:
+        serve_socket(settings, listening, ready=ready, orphaned=lambda: bool(told) or os.getppid() != parent)
     return EXIT_OK
 
 
@@ -301,15 +301,22 @@ def _require_uvicorn() -> None:
 
 
 @contextlib.contextmanager
-def _signals_end_quietly() -> Iterator[None]:
-    """uvicorn raises the signal that ended it once more when it is done; that must not kill us then."""
+def _signals_end_quietly() -> Iterator[list[int]]:
+    """uvicorn raises the signal that ended it once more when it is done; that must not kill us then.
+
+    Gives the list of the signals that came while uvicorn was not listening: one that came before it does must end it.
+    """
+    told: list[int] = []
     try:
-        before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {
+            number: signal.signal(number, lambda number, _frame: told.append(number))
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
     except ValueError:  # not the main thread: nobody sends us signals
-        yield
+        yield told
         return
     try:
-        yield
+        yield told
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
