@@ -240,9 +240,9 @@ def test_a_signal_while_starting_ends_it(start: Start) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_between_binding_and_serving_ends_it(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "fastship", "receive", "--root", str(tmp_path / "root"), "--listen", "127.0.0.1:0"]
-    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_for(lambda: any(one.status == "LISTEN" for one in process.net_connections()))
+        wait_for(lambda: any(one.status == "LISTEN" for one in psutil.Process(process.pid).net_connections()))
         time.sleep(0.02)  # the handlers come next; then a second of starting, in which the signal was lost
         process.send_signal(number)
         process.wait(WAIT_S)
