@@ -9,6 +9,7 @@ Imports ``ipc`` and below; the supervisor's loop imports it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import subprocess
@@ -157,7 +158,10 @@ class Crew:
                 self.send(hand.number, ipc.Shares(bandwidth=share))
 
     def dismiss(self) -> None:
-        """End every worker now: those told to drain have had their time. Returns when none is left."""
+        """End every worker now: those told to drain have had their time. Takes seconds at most.
+
+        One that not even SIGKILL ends (it waits for a dead disk) is left: it holds the spool lock until it is gone.
+        """
         for hand in self.hands.values():
             hand.process.terminate()
         deadline = time.monotonic() + TERMINATE_S
@@ -166,7 +170,8 @@ class Crew:
                 hand.process.wait(timeout=max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 hand.kill()
-                hand.process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    hand.process.wait(timeout=TERMINATE_S)
             self._forget(hand)
 
     def _forget(self, hand: Hand) -> None:

@@ -88,9 +88,10 @@ class Supervisor:
                 self._loop()
         finally:
             status.notify("STOPPING=1")
+            self._flush_retirements()  # what was proven until the last moment; ending workers may take a while
             self._crew.dismiss()
             self._patrol.close()
-            self._end()
+            self._report(final=True)
             lock.release()
             self._selector.close()
         return self._tally.totals(self._book)
@@ -105,11 +106,6 @@ class Supervisor:
             raise SpoolError(f"{error.filename}: {error.strerror}", remedy="check who owns the spool's files") from None
         self._hiring = not self._once or bool(self._book.ready)  # an empty pass needs no workers
         status.notify("READY=1")
-
-    def _end(self) -> None:
-        """Retire what was proven until the last moment."""
-        self._flush_retirements()
-        self._report(final=True)
 
     def _loop(self) -> None:
         while not self._finished():
