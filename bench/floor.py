@@ -1,7 +1,7 @@
 """The floor: what packing cannot go below with this zstd: its parts alone, on the very same bytes.
 
-Read the files, compress each frame one-shot, BLAKE3 of the tar stream, SHA-256 of the artifact, write it. No walk, no tar
-headers, no index, no order to keep. Efficiency is the floor's CPU over the actual CPU, both taken in the same run.
+Read the files, compress each frame one-shot, BLAKE3 of the tar stream, SHA-256 of the artifact, write it. No walk, no
+tar headers, no index, no order to keep. Efficiency is the floor's CPU over the actual CPU, both taken in the same run.
 """
 
 from __future__ import annotations

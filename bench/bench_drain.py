@@ -1,0 +1,60 @@
+"""Draining: a backlog from its markers to retired, by ``fastship once``, to nginx and to fastship's own receiver.
+
+Beside the plainest shell loop (`tar | zstd -T0 -3 | curl -T -`) to the same sink, and for packing the floor's CPU. The
+command is measured whole, its start and its workers' included; ``seconds`` is its own word, without the start.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import measure
+from bench.compare import SCALE, beside, note
+from bench.conftest import Named
+from bench.corpus import Corpus
+from bench.measure import Cost
+from bench.peers import backlog
+from bench.peers.programs import PEERS, Sinks, fastship_command
+from bench.servers import Nginx, Receiver
+
+pytestmark = pytest.mark.timeout(0)
+
+LOOP = next(peer for peer in PEERS if peer.name == "tar, zstd -T0 -3, curl -T -")
+
+
+@pytest.mark.parametrize("to", ["nginx", "receiver"])
+@pytest.mark.parametrize("shape", ["large", "small", "tiny"])
+def test_drain(
+    benchmark: Any, corpus: Corpus, nginx: Nginx, receiver: Receiver, work: Path, fresh: Named, shape: str, to: str
+) -> None:
+    waiting = backlog.make(work / fresh(shape + to), shape, SCALE, corpus)
+    sink = nginx if to == "nginx" else receiver
+    proof = ["destination.proof=status"] if to == "nginx" else []
+    reports: list[dict[str, Any]] = []
+
+    def drain() -> Cost:
+        sink.empty()
+        cost, out = measure.run(fastship_command(waiting, sink.url, *proof))
+        reports.append(json.loads(out))
+        assert reports[-1]["shipped"] == waiting.episode_count
+        assert len(sink.artifacts()) == waiting.episode_count
+        assert len(list((waiting.spool / "shipped").iterdir())) == waiting.episode_count
+        waiting.restore()
+        return cost
+
+    def loop() -> Cost:
+        return LOOP.deliver(waiting, Sinks(nginx, receiver), work).cost
+
+    compared = beside(benchmark, drain, {"shell_loop": loop}, raw_bytes=waiting.raw_bytes)
+    seconds = sorted(one["seconds"] for one in reports)[len(reports) // 2]
+    note(
+        benchmark,
+        ratio=reports[-1]["bytes_in"] / reports[-1]["bytes_out"],
+        episodes_per_s=waiting.episode_count / seconds,
+        start_and_end_s=measure.median(compared.actual).wall_s - seconds,
+    )
+    print({name: benchmark.extra_info[name] for name in ("ratio", "episodes_per_s", "start_and_end_s")})
