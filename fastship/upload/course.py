@@ -47,7 +47,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     fields: tuple[tuple[str, str], ...] = ()
     body: Body | None = None
-    answer_timeout_s: float  # from the last byte that moved to the final answer
+    answer_timeout_s: float  # from the last byte of the request that moved to the end of the final answer
 
 
 class Answer(msgspec.Struct, frozen=True):

@@ -5,6 +5,8 @@ The only module that imports pycurl. What always holds:
 - one thread makes all calls (`Transfers.wake` alone may come from any); nothing blocks but `Transfers.poll`;
 - the bearer token is in no value, exception, log, argument or environment: it is read from its file when a request
   starts, goes into libcurl's field list, and only ever to the destination's own scheme, host and port;
+- where a refusal's body echoes the token, it is taken out of the `Answer`;
+- a proxy of the environment (``https_proxy``, ``no_proxy``...) counts, but never for this machine itself;
 - TLS is verified (peer and host name), only http and https are spoken, redirects are not followed;
 - an `Answer` came whole (libcurl ended without error, so its status is to be trusted), else it is a `Fault`.
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 import array
 import contextlib
 import fcntl
+import ipaddress
 import os
 import re
 import select
@@ -29,6 +32,7 @@ from collections.abc import Hashable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 import pycurl
 
@@ -46,6 +50,9 @@ EXPECT_BYTES = 1 << 20
 
 ANSWER_LIMIT_BYTES = 1 << 20
 """An answer's body that goes on for longer is cut: nothing of ours is so long."""
+
+TOKEN_SECRET_CHARACTERS = 8
+"""A shorter token is no secret, and may be part of any word."""
 
 STALL_LOOKS = 4
 """A stall is noticed after between 1 and 1 + 1/STALL_LOOKS times its limit."""
@@ -282,13 +289,14 @@ class _Transfer:
         self._position = self._start
         self._artifact_error = ""
         self._certified = False  # a client certificate is shown
+        self._token = ""
         self.paused = False
         self.paused_at = 0.0
         self._head: list[bytes] = []  # field lines of the answer being read
         self._head_whole = False
         self._body = bytearray()
         self._body_bytes = 0
-        self._moved: tuple[int, int, int] = (0, 0, 0)
+        self._moved: tuple[int, int] = (0, 0)
         self._moved_at = time.monotonic()
         self.next_look = 0.0
         self._plan_look(self._moved_at)
@@ -305,8 +313,11 @@ class _Transfer:
         set_option(pycurl.USERAGENT, agent)
         set_option(pycurl.HEADERFUNCTION, self._on_field)
         set_option(pycurl.WRITEFUNCTION, self._on_body)
+        if _is_this_machine(self._request.url):
+            set_option(pycurl.NOPROXY, "*")
         self._configure_tls(destination)
         fields = [f"{name}: {value}" for name, value in self._request.fields]
+        self._token = token
         if token:
             fields.append(f"Authorization: Bearer {token}")
         if self._request.body is None:
@@ -340,6 +351,7 @@ class _Transfer:
         if destination.client_cert:
             set_option(pycurl.SSLCERT, destination.client_cert)
             set_option(pycurl.SSLKEY, destination.client_key)
+            set_option(pycurl.KEYPASSWD, "")  # else OpenSSL asks at the terminal, and waits
 
     def sent_bytes(self) -> int:
         return int(self.easy.getinfo(pycurl.SIZE_UPLOAD_T))
@@ -353,7 +365,8 @@ class _Transfer:
 
     def look(self, now: float) -> str:
         """What to say if no byte has moved for too long; ``""`` and the time of the next look if all is well."""
-        moved = (self.sent_bytes(), self._unacknowledged_bytes(), self._body_bytes + len(self._head))
+        # Bytes of the answer do not count: it is short, and one that trickles would never end.
+        moved = (self.sent_bytes(), self._unacknowledged_bytes())
         if moved != self._moved or self.paused:
             self._moved = moved
             self._moved_at = now
@@ -436,7 +449,10 @@ class _Transfer:
             name, _, value = line.decode("iso-8859-1").partition(":")
             name, value = name.strip().lower(), value.strip()
             fields[name] = f"{fields[name]}, {value}" if name in fields else value
-        return Answer(int(self.easy.getinfo(pycurl.RESPONSE_CODE)), fields, bytes(self._body))
+        status, body = int(self.easy.getinfo(pycurl.RESPONSE_CODE)), bytes(self._body)
+        if status >= 300 and len(self._token) >= TOKEN_SECRET_CHARACTERS:  # what is kept and logged, never a receipt
+            body = body.replace(self._token.encode("ascii"), b"(the token)")
+        return Answer(status, fields, body)
 
     def fault(self, code: int, message: str) -> Fault:
         if self._artifact_error:
@@ -449,6 +465,14 @@ class _Transfer:
             # Servers that drop a TLS 1.3 connection without an alert (Python's asyncio) look like a cut line.
             message += "; if it asks for client certificates, set destination.client_cert"
         return Fault(_kind(code, message), f"{message or 'no reason given'} (curl {code})")
+
+
+def _is_this_machine(url: str) -> bool:
+    try:
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, or no URL at all, which libcurl says better
+        return False
 
 
 def _kind(code: int, message: str) -> FaultKind:

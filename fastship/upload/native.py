@@ -227,7 +227,11 @@ def _at_the_destination(base: str, location: str) -> str | None:
             return None
     except ValueError:
         return None
-    url = urlunsplit((own.scheme, own.netloc, other.path, other.query, ""))
+    path = other.path
+    prefix = own.path.rpartition("/v1/")[0]
+    if prefix and path.startswith("/v1/uploads/"):
+        path = prefix + path  # a proxy took the prefix of destination.url off: the receiver does not know of it
+    url = urlunsplit((own.scheme, own.netloc, path, other.query, ""))
     return url if re.fullmatch(r"[!-~]+", url) else None
 
 

@@ -132,15 +132,22 @@ def verdict_of_misbehaviour(answer: Answer, error: str, resumed_at: int = 0) -> 
     )
 
 
+RETRY_AFTER_MAX_S = 3600.0
+"""Longer than that nobody is waited for: a mistyped or forgotten Retry-After would stop all shipping for years."""
+
+
 def retry_after_s(answer: Answer) -> float | None:
-    """``Retry-After`` (RFC 9110, 10.2.3) in seconds, or None. A date counts from the answer's own ``Date``."""
+    """``Retry-After`` (RFC 9110, 10.2.3) in seconds up to `RETRY_AFTER_MAX_S`, or None.
+
+    A date counts from the answer's own ``Date``.
+    """
     value = (answer.field("Retry-After") or "").strip()
     if re.fullmatch(r"[0-9]{1,9}", value):
-        return float(value)
+        return min(float(value), RETRY_AFTER_MAX_S)
     try:
         then = email.utils.parsedate_to_datetime(value)
         now = email.utils.parsedate_to_datetime(answer.field("Date") or "")
-        return max(0.0, (then - now).total_seconds())
+        return min(max(0.0, (then - now).total_seconds()), RETRY_AFTER_MAX_S)
     except (TypeError, ValueError):  # ValueError: no date; TypeError: one of them without a zone
         return None
 

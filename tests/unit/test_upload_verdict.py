@@ -35,6 +35,8 @@ DATE = "Mon, 23 Nov 2026 13:00:00 GMT"
         ("Mon, 23 Nov 2026 12:00:00 GMT", DATE, 0.0),
         ("Mon, 23 Nov 2026 13:02:00 GMT", None, None),
         ("Mon, 23 Nov 2026 13:02:00 GMT", "Mon, 23 Nov 2026 13:00:00 -0000", None),
+        ("999999999", None, 3600.0),  # not for 31 years: somebody mends it sooner
+        ("Fri, 31 Dec 9999 23:59:59 GMT", DATE, 3600.0),
         ("-5", DATE, None),
         ("1.5", DATE, None),
         ("9" * 40, DATE, None),
