@@ -3,6 +3,7 @@
 # make check   formatting, lints, types, layers
 # make crash   only the crash tests
 # make bench   benchmarks of this checkout, on this machine
+# make bench-peers   fastship beside other programs, into docs/benchmarks.md (needs nginx: see bench/README.md)
 #
 # PYTHON=python3.12 make ... chooses the interpreter for .venv (3.11 or newer, Linux).
 
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test check crash bench
+.PHONY: demo test check crash bench bench-peers
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.demo-ready
@@ -34,6 +35,9 @@ crash: $(VENV)/.dev-ready
 
 bench: $(VENV)/.dev-ready
 	$(BIN)/pytest bench -o python_files='bench_*.py' --benchmark-only
+
+bench-peers: $(VENV)/.dev-ready
+	$(BIN)/python -m bench.peers --write docs/benchmarks.md
 
 # Editable, so that only a change of pyproject.toml asks for another installation.
 $(VENV)/.demo-ready: pyproject.toml | $(BIN)/python

@@ -35,8 +35,8 @@ def curl(artifacts: list[Artifact], sink: Nginx, work: Path) -> Cost:
     return cost
 
 
-def ship_all(artifacts: list[Artifact], sink: Nginx) -> Cost:
-    destination = DestinationSettings(url=sink.url, proof="status")
+def ship_artifacts(artifacts: list[Artifact], destination: DestinationSettings) -> Cost:
+    """Ship them in one session of this process."""
     verdicts: queue.SimpleQueue[Verdict] = queue.SimpleQueue()
 
     def work() -> None:
@@ -63,7 +63,7 @@ def test_upload(benchmark: Any, corpus: Corpus, nginx: Nginx, work: Path, fresh:
 
     def by_session() -> Cost:
         nginx.empty()
-        cost = ship_all(artifacts, nginx)
+        cost = ship_artifacts(artifacts, DestinationSettings(url=nginx.url, proof="status"))
         assert nginx.stored_bytes() == sent
         return cost
 
