@@ -5,12 +5,13 @@ What always holds:
   absolute names, ``..``, and names through a symlink (the archive's own or one that was there) are refused.
 - Nothing that exists is overwritten or changed (O_EXCL); existing directories are entered, their mode and times left.
 - Every byte written comes from a frame whose zstd checksum was right, and a file that cannot be completed is removed.
+- An episode's marker comes last: what is cut short does not look finished.
 - Restored: content, symlinks as they are, hard links, FIFOs, mtimes, permission bits, and, as root, numeric owners.
   Not: setuid, setgid and sticky bits of files (directories keep setgid and sticky), devices and unknown kinds (both
   skipped and reported), files that GNU tar stored as sparse (refused).
 
-The tar parser is `frames.TarReader` for our artifacts and for stock ``.tar.zst`` files. Imports ``errors``, ``frames``;
-the demo and the command line import it through ``fastship.pack``.
+The tar parser is `frames.TarReader` for our artifacts and for stock ``.tar.zst`` files. Imports ``errors``,
+``episode``, ``frames``; the demo and the command line import it through ``fastship.pack``.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
 import msgspec
 
+from fastship.episode import MARKER
 from fastship.errors import ArtifactError, ExtractError, ExtractRefused
 from fastship.frames import ArtifactReader, Header, Kind, Member, TarReader
 from fastship.pack.walk import printable
@@ -32,6 +34,8 @@ from fastship.pack.walk import printable
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _NAME_BYTES = 64 << 10  # sixteen times PATH_MAX; without a limit one name could make millions of directories
+_MARKER = MARKER.encode()
+_MARKER_BYTES = 64 << 10  # it is empty, or a word or two
 _FILE_MODE = 0o777
 _DIRECTORY_MODE = 0o3777
 
@@ -151,6 +155,7 @@ class _Target:
         )  # those that no member has named yet; not by name: a name can be long
         self._progress = progress
         self._owner = os.geteuid() == 0
+        self._marker: tuple[tuple[bytes, ...], Header, bytes] | None = None  # put off to the end, with its content
         self.unlinked: dict[bytes, list[Header]] = {}  # hard links whose first name is not here, by that name
         self.skipped: list[str] = []
         self.members = 0
@@ -179,15 +184,17 @@ class _Target:
             first = _components(links[0].name)
             with _faults_of(links[0].name):
                 self._make(first, header, tar)
+                self._make_marker()  # if it is the first: links to it come now
                 for link in links[1:]:
                     self._link(first, _components(link.name))
             self.members += len(links)
 
     def finish(self) -> None:
-        """Set modes and times of the directories made, children first: writing into them would undo it."""
+        """Make the marker, then set the directories' modes and times, children first: writing into them undoes it."""
         if self.unlinked:
             name = next(iter(self.unlinked))
             raise ArtifactError(f"a hard link leads to {printable(name)}, which is not in the artifact")
+        self._make_marker()
         for path in sorted(self._made, reverse=True):
             with _faults_of(path):
                 self._enter(tuple(path.split(b"/")), make=False)
@@ -202,8 +209,10 @@ class _Target:
             raise ExtractRefused(f"a member has the name {printable(header.name)!r}")
         if header.kind is Kind.HARD_LINK:
             return self._make_hard_link(components, header)
-        if header.kind is Kind.FILE:
-            self._make_file(components, header, tar)
+        if header.kind is Kind.FILE and components[1:] == (_MARKER,) and header.data_bytes <= _MARKER_BYTES:
+            self._put_off_marker(components, header, b"".join(tar.data()))
+        elif header.kind is Kind.FILE:
+            self._make_file(components, header, tar.data())
         elif header.kind is Kind.SYMLINK:
             if b"\0" in header.link:
                 raise ExtractRefused(f"{printable(header.name)} is a symlink to a name with a NUL")
@@ -234,12 +243,28 @@ class _Target:
         if ours or self._open[-1][1] in self._implied:
             self._made[path] = header
 
-    def _make_file(self, components: tuple[bytes, ...], header: Header, tar: TarReader) -> None:
+    def _put_off_marker(self, components: tuple[bytes, ...], header: Header, content: bytes) -> None:
+        self._make_marker()  # of another episode
+        last = self._enter_parent(components)
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(last, dir_fd=self._fd, follow_symlinks=False)
+            raise FileExistsError
+        self._marker = (components, header, content)
+
+    def _make_marker(self) -> None:
+        """An episode's marker that was put off: extraction into a spool, or one that is cut short, never leaves an
+        episode that says it is finished and is not."""
+        if self._marker is not None:
+            (components, header, content), self._marker = self._marker, None
+            with _faults_of(b"/".join(components)):
+                self._make_file(components, header, (memoryview(content),) if content else ())
+
+    def _make_file(self, components: tuple[bytes, ...], header: Header, pieces: Iterable[memoryview]) -> None:
         last = self._enter_parent(components)
         fd = os.open(last, _CREATE_FLAGS, 0o600, dir_fd=self._fd)
         try:
             try:
-                for piece in tar.data():
+                for piece in pieces:
                     self._write(fd, piece)
                 self._set(fd, header, _FILE_MODE)
             finally:
@@ -257,6 +282,8 @@ class _Target:
             self._progress(self.bytes)
 
     def _make_hard_link(self, components: tuple[bytes, ...], header: Header) -> bool:
+        if self._marker is not None and _components(header.link) == self._marker[0]:
+            self._make_marker()
         # What is there under a name that was not asked for is not the archive's.
         if self._selection is None or self._selection.has(header.link):
             with contextlib.suppress(FileNotFoundError):

@@ -306,6 +306,48 @@ def test_a_name_of_a_million_directories_is_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "out") == []
 
 
+@pytest.mark.parametrize("content", [b"", b"at noon"])
+def test_an_extraction_cut_short_leaves_no_marker(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "ep").mkdir()
+    (tmp_path / "ep" / "done.marker").write_bytes(content)
+    (tmp_path / "ep" / "later").write_bytes(bytes(1000))
+    (tmp_path / "ep" / "link").hardlink_to(tmp_path / "ep" / "later")
+    artifact = packed(tmp_path / "ep")
+
+    def interrupt(done: int) -> None:
+        if done >= 1000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(over(artifact), tmp_path / "out", progress=interrupt)
+    assert os.listdir(tmp_path / "out" / "ep") == []
+    extract(over(artifact), tmp_path / "again")
+    assert (tmp_path / "again" / "ep" / "done.marker").read_bytes() == content
+
+
+def test_a_marker_with_links_comes_back_with_them(tmp_path: Path, snapshot: Look) -> None:
+    (tmp_path / "ep").mkdir()
+    (tmp_path / "ep" / "done.marker").touch()
+    (tmp_path / "ep" / "z").hardlink_to(tmp_path / "ep" / "done.marker")
+    (tmp_path / "ep" / "a").hardlink_to(tmp_path / "ep" / "done.marker")
+    artifact = packed(tmp_path / "ep")
+    extract(over(artifact), tmp_path / "out")
+    assert snapshot(tmp_path / "out" / "ep") == snapshot(tmp_path / "ep")
+    extract(over(artifact), tmp_path / "part", ["ep/done.marker", "ep/z"])
+    assert os.stat(tmp_path / "part" / "ep" / "done.marker").st_nlink == 2
+
+
+def test_a_marker_that_is_there_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "ep").mkdir()
+    (tmp_path / "ep" / "done.marker").touch()
+    (tmp_path / "ep" / "later").touch()
+    (tmp_path / "out" / "ep").mkdir(parents=True)
+    (tmp_path / "out" / "ep" / "done.marker").touch()
+    with pytest.raises(ExtractRefused, match="is there already"):
+        extract(over(packed(tmp_path / "ep")), tmp_path / "out")
+    assert os.listdir(tmp_path / "out" / "ep") == ["done.marker"]
+
+
 def test_a_directory_named_after_what_is_in_it_gets_its_mode_and_time(tmp_path: Path) -> None:
     blocks = header(b"d/e/file", 0o644, 0, 0, 0, 0) + header(b"d/e/", 0o750, 0, 0, 0, 1_600_000_000, ord("5"))
     extract(over(stock(blocks + END_OF_ARCHIVE)), tmp_path / "out")
