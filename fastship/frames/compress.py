@@ -34,7 +34,7 @@ Commit = Callable[[bytes, int], None]
 class _Slot(Outcome):
     """One frame on its way: its buffer, how much of it is used, and what became of it."""
 
-    __slots__ = ("buffer", "level", "result", "used", "view")
+    __slots__ = ("buffer", "dropped", "level", "result", "used", "view")
 
     def __init__(self, frame_bytes: int) -> None:
         super().__init__()
@@ -42,6 +42,7 @@ class _Slot(Outcome):
         self.view = memoryview(self.buffer)
         self.used = 0
         self.level = 0
+        self.dropped = False  # nobody wants it any more
         self.result = b""
 
 
@@ -117,7 +118,7 @@ class FramePool:
         return self._free.pop() if self._free else _Slot(self._frame_bytes)
 
     def _give_slot(self, slot: _Slot) -> None:
-        slot.result, slot.error = b"", None
+        slot.result, slot.error, slot.dropped = b"", None, False
         if len(self._free) < self._wanted + 2:
             self._free.append(slot)
 
@@ -142,7 +143,8 @@ class FramePool:
         compressors = _Compressors()
         while (slot := self._work.get()) is not None:
             try:
-                compressors.run(slot)
+                if not slot.dropped:
+                    compressors.run(slot)
             except BaseException as error:  # raised again in the caller, whatever it is
                 slot.error = error
             slot.end()
@@ -199,7 +201,9 @@ class FrameStream:
         self._close()
 
     def abort(self) -> None:
-        """Drop every frame not yet committed; waits for the compressors. Repeatable, also after ``finish``."""
+        """Drop every frame not yet committed; waits for those being compressed. Repeatable, also after ``finish``."""
+        for slot in self._pending:
+            slot.dropped = True
         for slot in self._pending:
             slot.wait()
             self._pool._give_slot(slot)

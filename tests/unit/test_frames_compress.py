@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 
 import pytest
 import zstandard
 
-from fastship.frames import FramePool
+from fastship.frames import FramePool, compress
 from fastship.frames.compress import FrameStream
 
 FRAME = 64 << 10
@@ -181,3 +182,23 @@ def test_close_ends_the_threads() -> None:
     pool.set_threads(1)
     pool.close()
     assert threading.active_count() == before
+
+
+def test_what_no_thread_has_begun_is_dropped_when_the_stream_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[object] = []
+    gate = threading.Event()
+
+    def run(_self: object, slot: object) -> None:
+        begun.append(slot)
+        assert gate.wait(30)
+
+    monkeypatch.setattr(compress._Compressors, "run", run)
+    with FramePool(2) as pool:
+        stream = pool.open(level=1, frame_bytes=4096, commit=lambda *_: None)
+        for _ in range(3):
+            stream.submit(4096)
+        while len(begun) < 2:
+            time.sleep(0.001)
+        threading.Timer(0.2, gate.set).start()
+        stream.abort()
+        assert len(begun) == 2
