@@ -65,6 +65,6 @@ def sample(
         for name in names:  # not as hard links: those are packed as such
             shutil.copytree(whole.episodes / name, spool / "episodes" / name)
     else:
-        shrunk = SHAPES[shape]._replace(episodes=1).scaled(most_bytes / SHAPES[shape].episode_bytes)
+        shrunk = SHAPES[shape]._replace(episodes=1, fewer=False).scaled(most_bytes / SHAPES[shape].episode_bytes)
         corpus.write_episodes(spool / "episodes", shrunk, shape)
     return _measured(spool)
