@@ -2,7 +2,8 @@
 
 What always holds: the socket is bound once, here; the address is announced when every process is ready to answer;
 SIGTERM or SIGINT lets requests finish for `GRACE_S` and then ends them; processes end when the one that started
-them is gone. A process that cannot start stops everything with its message; one that dies later is replaced.
+them is gone. A process that cannot start stops everything with its message; one that dies later is replaced, as often
+as it takes while another one serves.
 
 Imported by ``__main__`` (a serving process) and, as `serve`, by the command line.
 """
@@ -217,7 +218,12 @@ class _Processes:
             _forget_gauges(self._metrics, process.pid)
         if dead:
             time.sleep(_RESTART_PAUSE_S)
-            self._start(len(dead))
+            try:
+                self._start(len(dead))
+            except ReceiverError:
+                if all(process.poll() is not None for process in self._processes):
+                    raise
+                # The others serve on; the one that did not start is found dead at the next look.
 
     def _stop(self) -> None:
         for process in self._processes:

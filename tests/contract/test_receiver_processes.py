@@ -78,6 +78,22 @@ def test_processes_are_watched_over(start: Start) -> None:
     assert not [process for process in everything if process.is_running()]
 
 
+def test_a_replacement_that_dies_while_it_starts_is_replaced_again(start: Start) -> None:
+    server = start(workers=2)
+    first = psutil.Process(server.process.pid)
+    before = set(first.children())
+    victim = before.pop()
+    victim.kill()
+    wait_for(lambda: bool(set(first.children()) - before - {victim}))
+    replacement = (set(first.children()) - before - {victim}).pop()
+    replacement.kill()
+    known = before | {victim, replacement}
+    wait_for(lambda: server.process.poll() is not None or bool(set(first.children()) - known))
+    assert server.process.poll() is None
+    assert server.request("GET", "/healthz").status == 200
+    assert server.stop() == 0
+
+
 def test_processes_end_with_the_first(start: Start) -> None:
     server = start(workers=2)
     children = psutil.Process(server.process.pid).children()
