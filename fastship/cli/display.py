@@ -175,9 +175,10 @@ def _progress_line(one: EpisodeProgress, width: int) -> Text:
     rate = format_rate(one.done_bytes, one.seconds)
     left = format_seconds(one.seconds * (1 - fraction) / fraction) if 0 < fraction < 1 and one.seconds > 0.5 else ""
     percent = f"{100 * fraction:3.0f} %" if one.total_bytes else format_bytes(one.done_bytes)
-    return Text.assemble(
-        f"  {name:<{name_width}} ", (f"{one.stage:<8} ", "dim"), bar, f" {percent:>8}  {rate:>11}  {left}", no_wrap=True
-    )
+    numbers = f" {percent:>8}  {rate:>11}  "
+    if 2 + name_width + 1 + 9 + bar_width + len(numbers) + len(left) > width:
+        left = ""  # whole or not at all: half of a time is another time
+    return Text.assemble(f"  {name:<{name_width}} ", (f"{one.stage:<8} ", "dim"), bar, numbers + left, no_wrap=True)
 
 
 def _destination_line(snapshot: Snapshot) -> str:

@@ -44,7 +44,7 @@ class Compared(msgspec.Struct, frozen=True, kw_only=True):
     episode: str
     equal: bool
     verdict: str  # "equal", or what is wrong, in words
-    raw_bytes: int = 0  # of the recorded files' contents
+    raw_bytes: int = 0  # of the tar stream, as everywhere else: the files' contents and their headers
     files: int = 0
     artifact_bytes: int = 0  # as the receiver gave it back
     seconds: float = 0.0  # from claim to retirement; 0 where it was not seen
@@ -235,7 +235,7 @@ def _read_back(
     tree = Tree()
     try:
         _fetch(url, name, artifact)
-        modes = _extract(artifact, restored)
+        modes, raw_bytes = _extract(artifact, restored)
         found = list(differences(recorded, restored / name, tree, archived_modes=modes))
     except ArtifactError as error:
         return Compared(episode=name, equal=False, verdict=error.message)
@@ -246,7 +246,7 @@ def _read_back(
         episode=name,
         equal=not found,
         verdict=verdict,
-        raw_bytes=tree.bytes,
+        raw_bytes=raw_bytes,
         files=tree.files,
         artifact_bytes=artifact.stat().st_size,
         seconds=seen.seconds if seen else 0.0,
@@ -274,11 +274,13 @@ def _fetch(url: str, name: str, target: Path) -> None:
         connection.close()
 
 
-def _extract(artifact: Path, target: Path) -> dict[bytes, int]:
-    """Extract all of it; returns the mode of each member by its path below the top, as the artifact has it."""
+def _extract(artifact: Path, target: Path) -> tuple[dict[bytes, int], int]:
+    """Extract all of it; returns the mode of each member by its path below the top, as the artifact has it, and the
+    length of its tar stream in bytes."""
     from fastship.frames import ArtifactReader
     from fastship.pack import extract, list_members
 
     with ArtifactReader.open(artifact) as reader:
         extract(reader, target)
-        return {one.name.rstrip(b"/").partition(b"/")[2]: one.mode for one in list_members(reader)}
+        modes = {one.name.rstrip(b"/").partition(b"/")[2]: one.mode for one in list_members(reader)}
+        return modes, reader.content_bytes or 0

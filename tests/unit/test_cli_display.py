@@ -7,6 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
+from fastship.cli import display as module
 from fastship.cli.display import LiveDisplay, NewResults, PlainDisplay, result_line, summary_line
 from fastship.status import DestinationStatus, EpisodeProgress, EpisodeResult, PassResult, Snapshot
 
@@ -102,6 +103,13 @@ def test_the_live_picture_fits_any_width_and_shows_what_is_under_way(width: int)
         assert "52 %" in lines[1]
         assert "26.0 MB/s" in lines[1]
         assert "23 more" in lines[-1]
+
+
+def test_the_time_left_is_shown_whole_or_not_at_all() -> None:
+    one = EpisodeProgress(episode="ep", stage="", worker=0, done_bytes=46, total_bytes=100, seconds=2.0)
+    for width in range(30, 120):
+        shown = module._progress_line(one, width).plain[:width].rstrip()
+        assert shown.endswith(("2.35 s", "0.0 MB/s")) or width < 47
 
 
 def test_summary_names_only_what_there_is() -> None:
