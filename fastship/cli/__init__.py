@@ -78,6 +78,7 @@ for _command in (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and leave the process with its exit code. Never returns."""
     invocation = Invocation(debug=bool(os.environ.get("FASTSHIP_DEBUG")))
+    _open_closed_streams()
     with contextlib.suppress(ValueError, AttributeError):  # a standard stream that was replaced
         sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     code = _run(arguments, invocation)
@@ -88,9 +89,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         _tell(f"standard output cannot be written: {getattr(error, 'strerror', '') or error}")
         code = code or EXIT_INTERNAL
+        _silence_stdout()
     if code == _EXIT_PIPE_CLOSED:
         _silence_stdout()
     sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Give what was closed for us (``>&-``) a descriptor: the next file opened would get its number, and our words.
+
+    Standard output for reading only, as gnulib's ``stdopen`` does: so that a result nobody can get is an error.
+    """
+    for number, flags in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, flags)  # the lowest free number: this one
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - as long as the process
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
 def _run(arguments: Sequence[str] | None, invocation: Invocation) -> int:
@@ -147,7 +165,7 @@ def _tell_unexpected(error: Exception, invocation: Invocation) -> None:
 
 
 def _silence_stdout() -> None:
-    """Whoever read our output is gone: what is still buffered goes nowhere, so that the exit is quiet."""
+    """Nobody can read our output: what is still buffered goes nowhere, so that the exit is quiet."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())

@@ -30,7 +30,7 @@ from fastship.cli.output import (
     write_json,
     write_line,
 )
-from fastship.errors import UsageError
+from fastship.errors import OutboxFull, UsageError
 
 if TYPE_CHECKING:
     from fastship.frames import Member
@@ -77,7 +77,10 @@ def pack(
         _byte_progress(episode.name, total, quiet=invocation.quiet) as progress,
         FramePool(cores) as pool,
     ):
-        manifest = pack_episode(episode, sink, options, pool, progress)
+        try:
+            manifest = pack_episode(episode, sink, options, pool, progress)
+        except OutboxFull as error:
+            raise OutboxFull(error.message, remedy="free space there, or -o a FILE elsewhere") from None
     if as_json:
         write_json(
             {

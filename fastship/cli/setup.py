@@ -71,7 +71,8 @@ def init(invocation: Invocation, directory: Path, url: str) -> None:
         with open(target, "x", encoding="utf-8") as file:
             file.write(_TEMPLATE.format(url=url_line))
     except OSError as error:
-        raise UsageError(f"cannot make a spool in {directory}: {error.strerror}: {error.filename}") from None
+        where = f": {error.filename}" if error.filename else ""
+        raise UsageError(f"cannot make a spool in {directory}: {error.strerror}{where}") from None
     if invocation.quiet:
         return
     file_argument = shlex.quote(str(target))

@@ -387,6 +387,7 @@ def _faults_of(name: bytes) -> Iterator[None]:
         if isinstance(error, NotADirectoryError) or error.errno == errno.ELOOP:
             remedy = "extract into an empty directory; if it is one, the archive is hostile"
             raise ExtractRefused(f"{printable(name)} would be written through a link or file", remedy=remedy) from None
-        raise ExtractError(f"{printable(name)} cannot be restored: {error.strerror}", remedy="see the target") from None
+        remedy = "extract into a directory (-C) whose file system has room and takes such names and owners"
+        raise ExtractError(f"{printable(name)} cannot be restored: {error.strerror}", remedy=remedy) from None
     except OverflowError:
         raise ArtifactError(f"{printable(name)} has an owner or time that cannot be") from None

@@ -200,6 +200,18 @@ def test_a_closed_pipe_is_quiet() -> None:
     assert (ran.returncode, ran.stderr) == (141, b"")
 
 
+@pytest.mark.parametrize(
+    ("closing", "code"), [("<&-", 0), (">&-", 70), ("2>&-", 0), ("<&- 2>&-", 0), ("<&- >&- 2>&-", 70)]
+)
+def test_closed_streams_spoil_nothing(episode: Path, tmp_path: Path, closing: str, code: int) -> None:
+    told = f"{sys.executable} -m fastship config show {closing}"
+    ran = subprocess.run(["sh", "-c", told], cwd=tmp_path, stderr=subprocess.PIPE, timeout=60)
+    assert (ran.returncode, b"Traceback" in ran.stderr) == (code, False)
+    packed = f"{sys.executable} -m fastship pack ep-1 -o x {closing}"
+    assert subprocess.run(["sh", "-c", packed], cwd=tmp_path, timeout=60).returncode in {0, code}
+    assert subprocess.run(["zstd", "-tq", tmp_path / "x"]).returncode == 0
+
+
 def test_a_full_disk_under_standard_output_is_told() -> None:
     with open("/dev/full", "wb") as full:
         command = [sys.executable, "-m", "fastship", "config", "show"]
