@@ -6,7 +6,7 @@ its siblings, ``errors`` and blake3; the receiver and the command line import it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import blake3
@@ -25,15 +25,21 @@ class VerifiedContent(msgspec.Struct, frozen=True):
     members: int | None
 
 
-def verify_content(path: Path | str, *, threads: int = 1, max_content_bytes: int | None = None) -> VerifiedContent:
+def verify_content(
+    path: Path | str,
+    *,
+    threads: int = 1,
+    max_content_bytes: int | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> VerifiedContent:
     """Read the artifact at ``path``, with or without seek table, and say what is in it.
 
     Blocks for the length of a decompression (about 1 GB/s of tar stream a thread), without the GIL. The file is not
     changed and the call may be repeated. Raises `ArtifactError` when it is damaged, cut, not zstd, or holds more than
-    ``max_content_bytes`` (None: any size).
+    ``max_content_bytes`` (None: any size); ``InterruptedError`` soon after ``stopped`` says so.
     """
     with ArtifactReader.open(path) as reader:
-        content = _Digested(reader, threads, max_content_bytes)
+        content = _Digested(reader, threads, max_content_bytes, stopped)
         chunks = iter(content)
         try:
             members = sum(1 for _ in TarReader(chunks))
@@ -51,16 +57,21 @@ def verify_content(path: Path | str, *, threads: int = 1, max_content_bytes: int
 class _Digested:
     """Passes the tar stream on, digesting, counting and limiting it."""
 
-    def __init__(self, reader: ArtifactReader, threads: int, limit_bytes: int | None) -> None:
+    def __init__(
+        self, reader: ArtifactReader, threads: int, limit_bytes: int | None, stopped: Callable[[], bool]
+    ) -> None:
         self._reader = reader
         self._threads = threads
         self._limit_bytes = limit_bytes
+        self._stopped = stopped
         self.digest = blake3.blake3()
         self.bytes = 0
 
     def __iter__(self) -> Iterator[bytes]:
         self._check(self._reader.content_bytes or 0)
         for chunk in self._reader.stream(self._threads):
+            if self._stopped():
+                raise InterruptedError("the verification was told to stop")
             self.bytes += len(chunk)
             self._check(self.bytes)
             self.digest.update(chunk)

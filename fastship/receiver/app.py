@@ -363,6 +363,8 @@ class Receiver:
         except ArtifactError as error:
             text = f"this is not an artifact (.tar.zst): {error.message}"
             return answers.error(422, "artifact-invalid", text, answers.ABOUT_EPISODE), False
+        except InterruptedError:
+            return _STOPPING, True
         except OSError as error:
             again = error.errno in _NO_SPACE and not isinstance(error, Unsynced)
             return self._storage_failed(error, answers.ABOUT_EPISODE), again
@@ -421,7 +423,8 @@ class Receiver:
         future = asyncio.get_running_loop().run_in_executor(executor, function, *args)
         try:
             return await asyncio.shield(future)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # only when the server ends
+            self._store.stop()
             await asyncio.wait([future])
             raise
 
@@ -479,6 +482,9 @@ class Receiver:
         return answers.error(500, "storage", text, *more)
 
 
+_STOPPING = answers.error(
+    503, "stopping", "the receiver is being stopped", *answers.about_upload(), ("Retry-After", "2")
+)
 _GIVEN_UP = answers.error(408, "body-timeout", f"nothing came for {IDLE_TIMEOUT_S:.0f} s", ("Connection", "close"))
 
 

@@ -68,6 +68,7 @@ class Store:
         self._reserve_bytes = settings.reserve_bytes
         self._name = socket.gethostname()
         self._recovering = threading.Lock()
+        self._stopping = threading.Event()
         try:
             for directory in (self._episodes, self._uploads / "ended"):
                 directory.mkdir(parents=True, exist_ok=True)
@@ -82,6 +83,10 @@ class Store:
                 f"receiver.root {self.root} cannot be used: {error}", remedy="make it writable for the receiver"
             ) from None
         self.uploads = Uploads(self._uploads, secret, settings.upload_max_age_s)
+
+    def stop(self) -> None:
+        """Let verifications that are under way end with ``InterruptedError``: nothing is published any more."""
+        self._stopping.set()
 
     def artifact_path(self, episode: str) -> Path:
         return self._episodes / f"{episode}{ARTIFACT_SUFFIX}"
@@ -115,7 +120,8 @@ class Store:
         """Verify a whole artifact and give it its name; True: stored now. May be repeated after any failure.
 
         Returns the 200 or 409 when another upload of the episode was first. Raises `DigestMismatch`,
-        `ContentMismatch`, `ArtifactError` (it is no artifact), ``OSError`` (abandon the partial).
+        `ContentMismatch`, `ArtifactError` (it is no artifact), ``InterruptedError`` after `stop`, any other ``OSError``
+        (abandon the partial).
         """
         sha256 = partial.digest()
         if declared.sha256 is not None and sha256 != declared.sha256:
@@ -170,7 +176,7 @@ class Store:
 
     def _verify_content(self, path: Path, declared: Declared | None) -> ReceivedContent:
         limit = declared.content_bytes if declared is not None else None
-        found = verify_content(path, threads=self._threads, max_content_bytes=limit)
+        found = verify_content(path, threads=self._threads, max_content_bytes=limit, stopped=self._stopping.is_set)
         if declared is not None:
             if declared.content_blake3 is not None and found.blake3 != declared.content_blake3:
                 raise ContentMismatch(f"the tar stream has BLAKE3 {found.blake3}, not {declared.content_blake3}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import http.client
 import os
 import shutil
@@ -19,6 +20,7 @@ import msgspec
 import psutil
 import pytest
 import trustme
+import zstandard
 from receiver_process import LAUNCH, WAIT_S, Start, check_stored, make_artifact, sha256_field, wait_for
 
 from fastship.settings import ReceiverSettings
@@ -113,6 +115,32 @@ def test_an_end_lets_the_request_finish(start: Start) -> None:
         assert connection.recv(4096).startswith(b"HTTP/1.1 201 ")
     assert server.process.wait(WAIT_S) == 0
     assert server.stored("ending") == data
+
+
+def test_an_end_does_not_wait_for_a_long_verification(start: Start) -> None:
+    frame = zstandard.ZstdCompressor(level=1).compress(bytes(64 << 20))
+    data = frame * 8192  # 512 GiB of zeros
+    server = start()
+    location = server.create("long", data).headers["location"]
+    lock = server.root / "uploads" / f"{location.rpartition('/')[2]}.lock"
+
+    def is_verified() -> bool:
+        with open(lock) as file:
+            for _ in range(5):  # a write holds it for a moment only
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    time.sleep(0.1)
+                else:
+                    return False
+        return lock.with_suffix(".part").stat().st_size == len(data)
+
+    with server.begin_append(location, data, 0, len(data)):
+        wait_for(is_verified)
+        assert server.stop() == 0
+    server = start(verify="artifact")
+    assert server.create("long", data).offset == len(data)
+    assert server.append(location, b"", len(data), last=True).status == 201
 
 
 def test_a_restart_knows_everything(start: Start) -> None:
