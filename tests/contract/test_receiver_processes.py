@@ -297,3 +297,28 @@ def test_a_signal_between_binding_and_serving_ends_it(tmp_path: Path, number: si
         process.wait(WAIT_S)
     finally:
         process.kill()
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is what makes the disk fail")
+def test_bytes_that_failed_to_sync_are_not_told_by_the_next_sync(start: Start) -> None:
+    """Linux reports a lost write to one fsync only; the one after it succeeds."""
+    data = make_artifact("eio", 900_000)
+    server = start()
+    location = server.create("eio", data).headers["location"]
+    server.append(location, data[:500_000], 0)
+    server.kill()
+    part = str(server.root / location.removeprefix("/v1/")) + ".part"
+    fails = ("-P", part, "-e", "trace=fdatasync", "-e", "inject=fdatasync:error=EIO")
+    try:
+        server = start(prefix=("strace", "-f", "-qq", "-o", "/dev/null", *fails))
+    except AssertionError as error:
+        if "not permitted" in str(error):
+            pytest.skip("this machine lets nobody trace processes")
+        raise
+    failed = server.append(location, data[500_000:], 500_000, last=True)
+    assert (failed.status, failed.json()["code"]) == (500, "storage")
+    server.kill()
+    server = start()
+    assert server.create("eio", data).offset == 0
+    assert server.append(location, data, 0, last=True).status == 201
+    check_stored(server, "eio", data)
