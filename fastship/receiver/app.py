@@ -414,7 +414,12 @@ class Receiver:
             look = self._uploads.ended(token)
         except UnknownUpload:
             return answers.UNKNOWN_UPLOAD
-        return look.ended if look is not None else None
+        if look is None or look.ended is None:
+            return None
+        stored = (look.ended.body or {}).get("episode") if look.ended.status < 300 else None
+        if stored is not None and not self._store.artifact_path(stored).exists():
+            return answers.UNKNOWN_UPLOAD  # taken out of the store by hand
+        return look.ended
 
     # --- small -----------------------------------------------------------------------------------------------
 

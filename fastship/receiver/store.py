@@ -103,8 +103,11 @@ class Store:
         for name in names:
             episode = name.removesuffix(ARTIFACT_SUFFIX)
             if name.endswith(ARTIFACT_SUFFIX) and f"{episode}.receipt.json" not in names and is_episode_id(episode):
-                self.receipt(episode)
-        self.uploads.sweep()
+                try:
+                    self.receipt(episode)
+                except OSError as error:
+                    _log.error("%s cannot be read, it stays without a receipt: %s", self.artifact_path(episode), error)
+        self.uploads.sweep(lambda episode: self.artifact_path(episode).exists())
 
     def room_bytes(self, token: str | None, wanted_bytes: int = 0) -> int:
         """Free space less the reserve less what uploads other than ``token`` have yet to send; may be below 0.

@@ -21,7 +21,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -207,6 +207,8 @@ class Uploads:
 
     def keep(self, declared: Declared, partial: Partial) -> None:
         """Make a cut one-shot body the upload of its artifact, unless that has more already. Needs its digest."""
+        if not partial.offset:
+            return
         with contextlib.suppress(UnknownUpload, Busy):
             if self.look(self.token(declared)).offset >= partial.offset:
                 return  # nothing to add: do not disturb who may be writing there
@@ -270,8 +272,11 @@ class Uploads:
         """
         return self._reserved.bytes(but, fresh=fresh)
 
-    def sweep(self) -> int:
-        """Remove what is older than the limit or was left by a crash; the number of files. May be repeated."""
+    def sweep(self, is_stored: Callable[[str], bool] = lambda _episode: False) -> int:
+        """Remove what is older than the limit or was left by a crash; the number of files. May be repeated.
+
+        An upload of an episode that ``is_stored`` is of no use any more and only promises room: an hour is its limit.
+        """
         now = time.time()
         removed = 0
         for entry in [*os.scandir(self._directory), *os.scandir(self._ended)]:
@@ -283,8 +288,11 @@ class Uploads:
                 if entry.path.startswith(f"{self._ended}/") or kind == "receipt":
                     expired = age_s > self._max_age_s
                 elif _TOKEN.fullmatch(token):
-                    if kind == "lock" and self._is_expired(token, now):
-                        self._expire(token, now)
+                    known = self._read(token) if kind == "lock" else None
+                    useless = known is not None and is_stored(known.episode)
+                    limit_s = min(_ORPHAN_AGE_S, self._max_age_s) if useless else self._max_age_s
+                    if kind == "lock" and self._is_expired(token, now, limit_s):
+                        self._expire(token, now, limit_s)
                         removed += 1
                     lockless = kind != "lock" and not self._path(token, "lock").exists()
                     expired = lockless and age_s > _ORPHAN_AGE_S
@@ -296,24 +304,24 @@ class Uploads:
                     removed += durable.unlink_if_present(entry.path)
         return removed
 
-    def _expire(self, token: str, now: float) -> None:
+    def _expire(self, token: str, now: float, limit_s: float) -> None:
         lock = self._open_lock(token)
         try:
             with contextlib.suppress(Gone), lock.locked():
-                if self._is_expired(token, now):  # still: somebody may have gone on with it meanwhile
+                if self._is_expired(token, now, limit_s):  # still: somebody may have gone on with it meanwhile
                     _log.info("upload %s... was not finished in time and is forgotten", token[:8])
                     self._remove(token)
         finally:
             lock.close()
 
-    def _is_expired(self, token: str, now: float) -> bool:
+    def _is_expired(self, token: str, now: float, limit_s: float) -> bool:
         times = []
         for kind in ("json", "part"):
             with contextlib.suppress(FileNotFoundError):
                 times.append(os.stat(self._path(token, kind)).st_mtime)
         if not times:  # a crash between making the lock and the rest
             return now - os.stat(self._path(token, "lock")).st_mtime > _ORPHAN_AGE_S
-        return now - max(times) > self._max_age_s
+        return now - max(times) > limit_s
 
     def _begin(self, token: str, declared: Declared, lock: UploadLock) -> None:
         # The part first: a record with no part would be an upload that lost its bytes.

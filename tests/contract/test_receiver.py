@@ -148,6 +148,17 @@ def test_an_ended_upload_gives_its_final_answer_again(receiver: Server) -> None:
     assert (looked.status, looked.headers["upload-complete"], looked.offset) == (204, "?1", len(data))
 
 
+def test_the_final_answer_is_not_given_again_when_the_episode_was_taken_out(receiver: Server) -> None:
+    data = make_artifact("taken-out")
+    location = receiver.create("taken-out", data).headers["location"]
+    assert receiver.append(location, data, 0, last=True).status == 201
+    for kind in ("tar.zst", "receipt.json"):
+        (receiver.root / "episodes" / f"taken-out.{kind}").unlink()
+    assert receiver.append(location, data, 0, last=True).json()["code"] == "unknown-upload"
+    assert receiver.create("taken-out", data).offset == 0
+    assert receiver.append(location, data, 0, last=True).status == 201
+
+
 def test_a_failed_upload_begins_again_at_0(receiver: Server) -> None:
     data = make_artifact("spoilt", 100_000)
     spoilt = data[:-1] + bytes([data[-1] ^ 1])

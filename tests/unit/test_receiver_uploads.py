@@ -143,3 +143,36 @@ def test_what_others_will_send_is_known_without_reading_every_record_again(
     assert len(reads) <= 1
     uploads.cancel(uploads.token(declared(b"x" * 100, episode="e3")))
     assert uploads.declared_bytes(fresh=True) == 1950
+
+
+def test_an_upload_of_an_episode_that_is_stored_promises_room_for_an_hour_only(uploads: Uploads) -> None:
+    stale, fresh = declared(b"x" * 100, episode="stored"), declared(b"y" * 100, episode="stored")
+    open_still = declared(b"z" * 100, episode="not stored")
+    for each in (stale, fresh, open_still):
+        uploads.create(each).close()
+    for each in (stale, open_still):
+        for kind in ("json", "part"):
+            path = uploads._directory / f"{uploads.token(each)}.{kind}"
+            os.utime(path, (path.stat().st_mtime - 7200,) * 2)
+    uploads.sweep(lambda episode: episode == "stored")
+    assert uploads.declared_bytes(fresh=True) == 200
+    with pytest.raises(UnknownUpload):
+        uploads.look(uploads.token(stale))
+    assert uploads.look(uploads.token(fresh)).offset == uploads.look(uploads.token(open_still)).offset == 0
+
+
+def test_a_one_shot_of_which_nothing_came_is_not_kept(uploads: Uploads) -> None:
+    uploads.keep(declared(b"x" * 100), uploads.one_shot())
+    assert uploads.declared_bytes(fresh=True) == 0
+
+
+def test_an_artifact_that_cannot_be_read_stops_no_mending(tmp_path: Path) -> None:
+    store = Store(ReceiverSettings(root=str(tmp_path / "root")))
+    (store.root / "episodes" / "bad.tar.zst").mkdir()  # reading it is an error of the system
+    (store.root / "episodes" / "good.tar.zst").write_bytes(b"")
+    stale = store.uploads.one_shot()
+    stale.close()
+    os.utime(stale.path, (0, 0))
+    store.mend()
+    assert (store.root / "episodes" / "good.receipt.json").exists()
+    assert not stale.path.exists()
