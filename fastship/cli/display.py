@@ -114,7 +114,8 @@ class LiveDisplay:
 
         results = self._new.of(snapshot)
         for result in results:
-            mark = "\N{CHECK MARK}" if result.outcome == "shipped" else "!"
+            good = "\N{CHECK MARK}" if self._console.encoding.startswith("utf") else "+"
+            mark = good if result.outcome == "shipped" else "!"
             line = Text.assemble((f"{mark} ", _STYLES.get(result.outcome, "")), result_line(result))
             self._console.print(line, overflow="fold")
         now = time.monotonic()

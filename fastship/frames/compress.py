@@ -112,6 +112,8 @@ class FramePool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if kind is KeyboardInterrupt:
+            self._threads.clear()  # they end by themselves, or with the process
         self.close()
 
     def _take_slot(self) -> _Slot:
@@ -202,13 +204,16 @@ class FrameStream:
 
     def abort(self) -> None:
         """Drop every frame not yet committed; waits for those being compressed. Repeatable, also after ``finish``."""
-        for slot in self._pending:
-            slot.dropped = True
+        self._drop()
         for slot in self._pending:
             slot.wait()
             self._pool._give_slot(slot)
         self._pending.clear()
         self._close()
+
+    def _drop(self) -> None:
+        for slot in self._pending:
+            slot.dropped = True
 
     def __enter__(self) -> Self:
         return self
@@ -216,6 +221,9 @@ class FrameStream:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if kind is KeyboardInterrupt:  # people do not wait: what is being compressed is left to the thread that does it
+            self._drop()
+            self._pending.clear()
         self.abort()
 
     def _drain(self, keep: int) -> None:

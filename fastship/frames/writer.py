@@ -56,7 +56,7 @@ class ArtifactWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._stream.abort()
+        self._stream.__exit__(kind, error, traceback)
 
     def _commit(self, compressed: bytes, content_bytes: int) -> None:
         self.frames += 1

@@ -202,3 +202,29 @@ def test_what_no_thread_has_begun_is_dropped_when_the_stream_is_left(monkeypatch
         threading.Timer(0.2, gate.set).start()
         stream.abort()
         assert len(begun) == 2
+
+
+def test_an_interrupt_does_not_wait_for_what_is_being_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[object] = []
+    gate = threading.Event()
+
+    def run(_self: object, slot: object) -> None:
+        begun.append(slot)
+        gate.wait(60)
+
+    monkeypatch.setattr(compress._Compressors, "run", run)
+
+    def pack_and_interrupt() -> None:
+        with FramePool(2) as pool, pool.open(level=1, frame_bytes=4096, commit=lambda *_: None) as stream:
+            for _ in range(3):
+                stream.submit(4096)
+            while len(begun) < 2:
+                time.sleep(0.001)
+            raise KeyboardInterrupt
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pack_and_interrupt()
+        assert not any(slot.finished for slot in begun)  # type: ignore[attr-defined]
+    finally:
+        gate.set()
