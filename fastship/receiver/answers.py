@@ -89,6 +89,11 @@ def length_mismatch(text: str, offset: int) -> Answer:
     return error(400, "inconsistent-length", text, *about_upload(offset), type=LENGTH_MISMATCH, title=title)
 
 
+def digest_mismatch(text: str) -> Answer:
+    """400 about the episode: what came is not what its digest says."""
+    return error(400, "digest-mismatch", text, ABOUT_EPISODE)
+
+
 UNKNOWN_UPLOAD = error(404, "unknown-upload", "no such upload; create it again", *about_upload())
 SUPERSEDED = error(
     503, "superseded", "another request on this upload took over from this one", *about_upload(), ("Retry-After", "2")
@@ -96,4 +101,5 @@ SUPERSEDED = error(
 BEING_VERIFIED = error(
     503, "being-verified", "the artifact has arrived and is being verified", *about_upload(), ("Retry-After", "10")
 )
+STOPPING = error(503, "stopping", "the receiver is being stopped", *about_upload(), ("Retry-After", "2"))
 INTERNAL = error(500, "internal", "the receiver failed; its log says why")

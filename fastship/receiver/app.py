@@ -226,7 +226,7 @@ class Receiver:
                     await self._in(self._io, self._keep, declared, partial)
                 return _GIVEN_UP if end is End.IDLE else None
             if digest is not None and digest.hexdigest() != body.sha256:
-                return self._count(_digest_mismatch("the body is not what Content-Digest says"))
+                return self._count(answers.digest_mismatch("the body is not what Content-Digest says"))
             answer, _ = await self._in(self._lane(partial, declared), self._publish, partial, declared)
             if declared.sha256 and answer.status < 300:
                 await self._in(self._io, self._forget, self._uploads.token(declared))
@@ -357,14 +357,14 @@ class Receiver:
         try:
             published = self._store.publish(partial, declared)
         except DigestMismatch as error:
-            return _digest_mismatch(str(error)), False
+            return answers.digest_mismatch(str(error)), False
         except ContentMismatch as error:
             return answers.error(422, "content-mismatch", str(error), answers.ABOUT_EPISODE), False
         except ArtifactError as error:
             text = f"this is not an artifact (.tar.zst): {error.message}"
             return answers.error(422, "artifact-invalid", text, answers.ABOUT_EPISODE), False
         except InterruptedError:
-            return _STOPPING, True
+            return answers.STOPPING, True
         except OSError as error:
             again = error.errno in _NO_SPACE and not isinstance(error, Unsynced)
             return self._storage_failed(error, answers.ABOUT_EPISODE), again
@@ -487,14 +487,7 @@ class Receiver:
         return answers.error(500, "storage", text, *more)
 
 
-_STOPPING = answers.error(
-    503, "stopping", "the receiver is being stopped", *answers.about_upload(), ("Retry-After", "2")
-)
 _GIVEN_UP = answers.error(408, "body-timeout", f"nothing came for {IDLE_TIMEOUT_S:.0f} s", ("Connection", "close"))
-
-
-def _digest_mismatch(text: str) -> Answer:
-    return answers.error(400, "digest-mismatch", text, answers.ABOUT_EPISODE)
 
 
 def missing_extra(error: ImportError) -> ReceiverError:
