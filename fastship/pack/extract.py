@@ -69,10 +69,15 @@ def extract(
     not be written, `ArtifactError` for a damaged artifact or an unknown member, `ExtractError` where the target's file
     system refuses; what was restored by then stays.
     """
-    target.mkdir(parents=True, exist_ok=True)
     wanted = [_plain(os.fsencode(name)) for name in members]
     found: set[bytes] = set()
-    with _Target(target, progress, _Selection(wanted, set()) if wanted else None) as place:
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        opened = _Target(target, progress, _Selection(wanted, set()) if wanted else None)
+    except OSError as error:
+        remedy = "extract into a directory (-C) that you may read and write"
+        raise ExtractError(f"{target}: {error.strerror}", remedy=remedy) from None
+    with opened as place:
         for header, tar in _selected(reader, wanted, found, threads):
             place.restore(header, tar)
         if missing := [name for name in wanted if name not in found]:

@@ -404,6 +404,13 @@ def test_a_target_that_takes_nothing_is_said_so(tmp_path: Path) -> None:
         extract(artifact, tmp_path / "out")
 
 
+def test_a_target_that_cannot_be_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for target in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ExtractError, match="file"):
+            extract(over(hostile(("ep", FILE, ""))), target)
+
+
 def test_deep_nesting_comes_back_with_few_descriptors(tmp_path: Path) -> None:
     (tmp_path / "ep").mkdir()
     fd = os.open(tmp_path / "ep", os.O_RDONLY)
