@@ -76,7 +76,8 @@ def test_scan(benchmark: Any, spool: Path) -> None:
 def test_idle_and_notice(benchmark: Any, spool: Path, receiver: Receiver) -> None:
     """Limits far above the aim (1 % of a core at 100,000; 100 ms): what is really reached is in ``extra_info``."""
     command = [*FASTSHIP, "run", "--quiet", "--set", f"spool.root={spool}", "--set", f"destination.url={receiver.url}"]
-    with subprocess.Popen([*command, "--set", "log.level=error"], stdout=subprocess.DEVNULL) as daemon:
+    command += ["--set", "log.level=error"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=measure.installed_environment()) as daemon:
         try:
             ship(spool, receiver, "first")  # it has looked, started its workers and connected
             before, start = measure.tree_cpu_s(daemon.pid), time.perf_counter()

@@ -132,6 +132,7 @@ class Receiver(_Server):
             stdout=subprocess.PIPE,
             stderr=self._log,
             stdin=subprocess.DEVNULL,
+            env=measure.installed_environment(),
         )
         assert self.process.stdout is not None
         self.url = self.process.stdout.readline().decode().strip()

@@ -43,11 +43,14 @@ class Delivered(NamedTuple):
 
 
 class Peer(NamedTuple):
+    """``remote``: into the sink, as fastship; else into a repository on the same disk."""
+
     name: str
     note: str
     deliver: Callable[[Backlog, Sinks, Path], Delivered]
     slow: str = ""  # "level": packs some MB/s; "episode": starts programs for each; "files": waits at each file
     compresses: bool = True
+    remote: bool = True
 
 
 # --- what was delivered ------------------------------------------------------------------------------------------
@@ -289,10 +292,12 @@ PEERS = (
         "restic backup",
         "all episodes as one snapshot into a repository on the same disk, no network; deduplicates, encrypts, syncs",
         _restic,
+        remote=False,
     ),
     Peer(
         "borg create, zstd,3",
         "as restic, and does not encrypt",
         _borg,
+        remote=False,
     ),
 )

@@ -36,6 +36,7 @@ class Row(NamedTuple):
     peer: str
     note: str
     compresses: bool
+    remote: bool
     rounds: int
     wall_s: float  # of all of the backlog, scaled up where only a piece was delivered
     megabytes_per_s: float  # of raw data
@@ -57,6 +58,7 @@ class Row(NamedTuple):
             peer=peer.name,
             note=peer.note,
             compresses=peer.compresses,
+            remote=peer.remote,
             rounds=len(delivered),
             wall_s=cost.wall_s * whole.raw_bytes / piece.raw_bytes,
             megabytes_per_s=cost.megabytes_per_s(piece.raw_bytes),
@@ -143,14 +145,16 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _best(table: Table) -> str:
-    """How far ahead of the best peer that compresses."""
+    """How far ahead of the best peers that compress: into the same sink, and into a repository on the same disk."""
     ours = {row.peer: row for row in table.rows if row.peer.startswith("fastship")}
-    peers = [row for row in table.rows if row.compresses and row.peer not in ours]
-    if not peers or not ours:
-        return ""
-    best = max(peers, key=lambda row: row.megabytes_per_s)
-    told = [f"{name} {row.megabytes_per_s / best.megabytes_per_s:.2f} x" for name, row in ours.items()]
-    return f"Beside the best peer that compresses ({best.peer}): {', '.join(told)}."
+    told = []
+    for where, remote in (("that compresses and ships", True), ("with a local repository", False)):
+        peers = [row for row in table.rows if row.compresses and row.remote == remote and row.peer not in ours]
+        if peers and ours:
+            best = max(peers, key=lambda row: row.megabytes_per_s)
+            times = [f"{name} {row.megabytes_per_s / best.megabytes_per_s:.2f} x" for name, row in ours.items()]
+            told.append(f"Beside the best peer {where} ({best.peer}): {', '.join(times)}.")
+    return "\n".join(told)
 
 
 def replace_section(path: Path, text: str) -> None:

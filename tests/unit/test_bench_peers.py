@@ -45,7 +45,7 @@ def test_the_table_says_how_far_ahead_and_what_was_left_out() -> None:
     text = report.markdown([table(("fastship", 1.0), ("other", 2.0), ("slow", 1.0))], CONDITIONS, {}, chart="c.svg")
     assert "| other | 4.00 | 25.0 | 2.5 | 2.00 x |" in text
     assert "| slow | 20.00\\* |" in text
-    assert "Beside the best peer that compresses (other): fastship 2.00 x." in text
+    assert "Beside the best peer that compresses and ships (other): fastship 2.00 x." in text
     assert "Left out: absent: not installed: apt install absent" in text
 
 
