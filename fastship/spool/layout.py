@@ -9,6 +9,7 @@ Imports ``durable`` and ``errors``; the rest of ``spool`` imports it.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import time
@@ -81,8 +82,9 @@ class Lock:
                     f"another fastship holds {path.parent.parent}" + (f" (process {owner})" if owner else ""),
                     remedy="see what it does with: fastship status",
                 ) from None
-        os.ftruncate(self.fd, 0)
-        os.pwrite(self.fd, f"{os.getpid()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # who it is, for people: a full disk stops nobody for it
+            os.ftruncate(self.fd, 0)
+            os.pwrite(self.fd, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
         """Let go in this process. May be repeated."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -140,3 +141,14 @@ def test_a_child_that_was_not_given_the_lock_does_not_hold_it(layout: Layout) ->
             Lock(layout.lock, wait_s=0.0).release()
         finally:
             child.kill()
+
+
+def test_a_full_disk_does_not_refuse_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    lock = Lock(tmp_path / "lock", wait_s=0.0)
+    with pytest.raises(SpoolBusy):
+        Lock(tmp_path / "lock", wait_s=0.0)
+    lock.release()
