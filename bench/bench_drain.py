@@ -49,9 +49,11 @@ def test_drain(
     def loop() -> Cost:
         return LOOP.deliver(waiting, Sinks(nginx, receiver), work).cost
 
+    # The loop is the same whatever fastship ships to; with tiny episodes it takes long, and once is enough.
+    references = {} if (shape, to) == ("tiny", "receiver") else {"shell_loop": loop}
     drain()  # once unmeasured: bytecode is compiled, the receiver is warm
     reports.clear()
-    compared = beside(benchmark, drain, {"shell_loop": loop}, raw_bytes=waiting.raw_bytes)
+    compared = beside(benchmark, drain, references, raw_bytes=waiting.raw_bytes)
     seconds = sorted(one["seconds"] for one in reports)[len(reports) // 2]
     note(
         benchmark,

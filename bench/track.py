@@ -7,9 +7,9 @@ Every ratio is the CPU of a reference over the CPU of fastship's own work on the
 minute: larger is better, and a busy or another host moves both sides. Never seconds by themselves. What counts is the
 least of each side: noise only adds.
 
-The tolerance of each ratio comes from the runs of ``--update``: `MARGIN` times the way from the median down to the lowest
-run, and at least `LEAST_TOLERANCE`. A ratio below that is measured again, up to `REPEATS` times, and its best counts: a loss
-in the code is there each time, a busy neighbour is not.
+The tolerance of each ratio comes from the runs of ``--update``: `MARGIN` times the way from the median down to the
+lowest run, and at least `LEAST_TOLERANCE`. A ratio below that is measured again, up to `REPEATS` times, and its best
+counts: a loss in the code is there each time, a busy neighbour is not.
 """
 
 from __future__ import annotations
