@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -32,6 +33,7 @@ def main() -> int:
     parser.add_argument("--write", type=Path, help="a Markdown file; its chart goes beside it as .svg")
     parser.add_argument("--json", type=Path, help="every figure of every round")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers and the spools go as well
     shapes = [shape for shape in arguments.shapes.split(",") if shape]
     unknown = [shape for shape in shapes if shape not in SHAPES and shape not in SETS]
     if unknown:
