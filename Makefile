@@ -21,8 +21,10 @@ demo: $(VENV)/.demo-ready
 	$(BIN)/fastship demo
 
 # Two at a time: half of the tests' time is waiting for a real server, worker or limit.
+# Three at a time: half of their time is waiting. Every process they start would compile fastship anew without bytecode.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(VENV)/.dev-ready
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 3 --dist worksteal
 
 check: $(VENV)/.dev-ready
 	$(BIN)/ruff check
