@@ -20,9 +20,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 demo: $(VENV)/.demo-ready
 	$(BIN)/fastship demo
 
-# Two at a time: half of the tests' time is waiting for a real server, worker or limit.
-# Three at a time: half of their time is waiting. Every process they start would compile fastship anew without bytecode.
-test: export PYTHONDONTWRITEBYTECODE =
+# Three at a time: half of their time is waiting. No bytecode: a test that limits the size of files would spoil it.
+test: export PYTHONDONTWRITEBYTECODE = 1
 test: $(VENV)/.dev-ready
 	$(BIN)/pytest -n 3 --dist worksteal
 
