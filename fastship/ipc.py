@@ -69,6 +69,9 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
 ToWorker = Welcome | Assignment | Shares | Drain
 FromWorker = Ready | Beat | PackBegan | Packed | PackFailed | Answered | Returned
 
+BOOT_FAILED = 71
+"""Exit status of a worker that says that another one would not start either."""
+
 _BUFFER_BYTES = 2 << 20  # SO_SNDBUF: a verdict's body is at most 64 KiB of text, a manifest is far smaller
 
 

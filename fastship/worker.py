@@ -6,7 +6,7 @@ was given; it changes nothing in ``episodes/``; it ends at once when its supervi
 inherited the spool lock no other supervisor can have begun before it has.
 
 Imports ``pack``, ``frames``, ``upload``, ``spool`` (the outbox alone), ``ipc`` and below. Run by the supervisor as
-``python -m fastship.worker FD``; nothing imports it but for `BOOT_FAILED`.
+``python -m fastship.worker FD``; nothing imports it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from fastship.spool import Outbox
 from fastship.spool.layout import Layout
 from fastship.upload import Artifact, Session
 
-BOOT_FAILED = 71  # exit status: another worker would not start either (crew.BOOT_FAILED)
 BEAT_S = 0.25
 
 log = structlog.get_logger(__name__)
@@ -158,9 +157,8 @@ class Worker:
             self._session.submit(Artifact(manifest, self._outbox.artifact(episode)), first_attempt=first)
 
     def _pack_failed(self, episode: str, code: str, error: str) -> None:
-        durable_name = self._outbox.partial(episode)
         with contextlib.suppress(OSError):
-            durable_name.unlink()
+            self._outbox.partial(episode).unlink()
         found = ""
         with contextlib.suppress(PackError, OSError):
             found = fingerprint(self._layout.episodes / episode, owner=self._options.owner)
@@ -216,19 +214,19 @@ class Worker:
 
 
 def main(fd: int) -> int:
-    """The process. Ends with `BOOT_FAILED` when what it needs is not there."""
+    """The process. Ends with `ipc.BOOT_FAILED` when what it needs is not there."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the supervisor's to read
     channel = ipc.WorkerEnd(socket.socket(fileno=fd))
     try:
         welcome = channel.receive(timeout_s=30.0)
         if not isinstance(welcome, ipc.Welcome):
-            return BOOT_FAILED
+            return ipc.BOOT_FAILED
         logs.configure(welcome.settings.log)
         try:
             worker = Worker(channel, welcome)
         except Exception as error:
             sys.stderr.write(f"fastship: worker cannot start: {type(error).__name__}: {error}\n")
-            return BOOT_FAILED
+            return ipc.BOOT_FAILED
         return worker.run()
     except ipc.Closed:
         return 1

@@ -24,8 +24,6 @@ from fastship.errors import WorkerCannotStart
 from fastship.lifecycle import Book, State
 from fastship.settings import Settings
 
-BOOT_FAILED = 71
-"""Exit status of a worker that says that another one would not start either."""
 BOOTS_BEFORE_GIVING_UP = 3  # workers in a row that ended before they were ready, whatever their status
 TERMINATE_S = 3.0  # from SIGTERM to SIGKILL
 
@@ -137,7 +135,7 @@ class Crew:
             self._forget(hand)
             ended.append((hand, f"killed by signal {-status}" if status < 0 else f"ended with status {status}"))
             self._failed_boots = 0 if hand.ready else self._failed_boots + 1
-            if not hand.ready and (status == BOOT_FAILED or self._failed_boots >= BOOTS_BEFORE_GIVING_UP):
+            if not hand.ready and (status == ipc.BOOT_FAILED or self._failed_boots >= BOOTS_BEFORE_GIVING_UP):
                 raise WorkerCannotStart(
                     f"a worker process could not start ({ended[-1][1]})",
                     remedy="what it printed above says why; is the installation whole?",
