@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from fastship.episode import Manifest, Outcome, Scope
+from fastship.episode import Outcome, Scope
 from fastship.lifecycle.events import (
     Answered,
     Assign,
@@ -64,7 +64,6 @@ class Entry(msgspec.Struct, kw_only=True):
     state: State
     worker: int | None = None
     frames: int | None = None
-    manifest: Manifest | None = None
     attempts: int = 0  # ended without a verdict on the episode, in a row
     changes: int = 0  # packs dropped because it changed, in a row
     kills: int = 0  # workers that died at it
@@ -243,7 +242,6 @@ def _left(book: Book, event: WorkerLeft, commands: list[Command]) -> None:
 
 def _packed(book: Book, event: Packed) -> None:
     entry = book.entries[event.episode]
-    entry.manifest = event.manifest
     entry.changes = 0
     book.move(entry, State.SHIPPING)
 
