@@ -1,6 +1,6 @@
 """A sink for uploads that does nothing with them: to measure a client where no nginx is installed.
 
-    python -m bench.discard          prints its URL; ends with SIGTERM
+    python -m bench.discard [ADDRESS]     listens on 127.0.0.1 or there; prints its URL; ends with SIGTERM
 
 Answers every PUT 201 when its ``Content-Length`` bytes have come. One thread a connection; keeps connections open.
 """
@@ -8,6 +8,7 @@ Answers every PUT 201 when its ``Content-Length`` bytes have come. One thread a 
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 
 _BUFFER_BYTES = 256 << 10
@@ -39,8 +40,9 @@ def _serve(connection: socket.socket) -> None:
 
 
 def main() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
+    address = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1"
+    with socket.create_server((address, 0)) as listener:
+        print(f"http://{address}:{listener.getsockname()[1]}", flush=True)
         while True:
             connection, _ = listener.accept()
             threading.Thread(target=_serve, args=(connection,), daemon=True).start()

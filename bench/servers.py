@@ -1,4 +1,4 @@
-"""Real servers on loopback to ship to: nginx as a plain sink, and fastship's own receiver.
+"""Real servers to ship to, on loopback or behind a link: nginx as a plain sink, and fastship's own receiver.
 
 What always holds: each listens on a free port, keeps what it got below a directory of its own, says what CPU it used,
 and is gone when its ``with`` block ends.
@@ -13,11 +13,9 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from bench import measure
 
@@ -35,7 +33,7 @@ http {{
   client_max_body_size 0; client_body_buffer_size 1m; client_body_temp_path {root}/temp; keepalive_requests 1000000;
   proxy_temp_path {root}/t1; fastcgi_temp_path {root}/t2; uwsgi_temp_path {root}/t3; scgi_temp_path {root}/t4;
   server {{
-    listen 127.0.0.1:{port};
+    listen {address}:{port};
     location / {{ root {root}/store; create_full_put_path on; dav_methods PUT DELETE MKCOL COPY MOVE; {dav_ext} }}
   }}
 }}
@@ -44,6 +42,16 @@ http {{
 
 class ServerMissing(Exception):
     """The server's program is not installed; says how to."""
+
+
+class Place(NamedTuple):
+    """Where a server runs: its address, and what a command there begins with. ``bench.links`` has others."""
+
+    address: str = "127.0.0.1"
+    prefix: tuple[str, ...] = ()
+
+
+LOOPBACK = Place()
 
 
 class _Server:
@@ -94,7 +102,7 @@ class _Server:
 class Nginx(_Server):
     """nginx with dav_methods PUT: stores what comes, digests and syncs nothing. Raises `ServerMissing`."""
 
-    def __init__(self, root: Path, *, workers: int = 1) -> None:
+    def __init__(self, root: Path, *, workers: int = 1, place: Place = LOOPBACK) -> None:
         program = nginx_program()
         root.mkdir(parents=True)
         self.store = root / "store"
@@ -104,6 +112,7 @@ class Nginx(_Server):
         port = _free_port()
         configuration = _NGINX_CONF.format(
             root=root,
+            address=place.address,
             port=port,
             workers=workers,
             user="user root;" if os.geteuid() == 0 else "",
@@ -112,21 +121,22 @@ class Nginx(_Server):
         )
         (root / "nginx.conf").write_text(configuration)
         self.process = subprocess.Popen(
-            [program, "-p", str(root), "-e", str(root / "error.log"), "-c", str(root / "nginx.conf")],
+            [*place.prefix, program, "-p", str(root), "-e", str(root / "error.log"), "-c", str(root / "nginx.conf")],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        self.url = f"http://127.0.0.1:{port}"
-        _wait_for_port(port, self.process, root / "error.log")
+        self.url = f"http://{place.address}:{port}"
+        _wait_until_it_listens(root / "nginx.pid", self.process, root / "error.log")
 
 
 class Receiver(_Server):
     """``fastship receive`` in a process of its own, one worker unless said otherwise."""
 
-    def __init__(self, root: Path, *options: str, workers: int = 1) -> None:
+    def __init__(self, root: Path, *options: str, workers: int = 1, place: Place = LOOPBACK) -> None:
         root.mkdir(parents=True)
         self._log = open(root.parent / f"{root.name}.log", "wb")  # noqa: SIM115 - closed with the process
-        command = [sys.executable, "-m", "fastship", "receive", "--root", str(root), "--listen", "127.0.0.1:0"]
+        command = [*place.prefix, sys.executable, "-m", "fastship", "receive"]
+        command += ["--root", str(root), "--listen", f"{place.address}:0"]
         self.process = subprocess.Popen(
             [*command, "--workers", str(workers), "--set", 'log.level="error"', *options],
             stdout=subprocess.PIPE,
@@ -136,7 +146,7 @@ class Receiver(_Server):
         )
         assert self.process.stdout is not None
         self.url = self.process.stdout.readline().decode().strip()
-        assert self.url.startswith("http://127.0.0.1:"), f"the receiver did not start: see {self._log.name}"
+        assert self.url.startswith(f"http://{place.address}:"), f"the receiver did not start: see {self._log.name}"
         self.store = root / "episodes"
 
     def __exit__(
@@ -159,14 +169,11 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_it_listens(pid_file: Path, process: subprocess.Popen[bytes], log: Path) -> None:
+    """nginx writes its pid once its sockets are open: it can be waited for in another network, too."""
     end = time.monotonic() + _START_S
     while time.monotonic() < end and process.poll() is None:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=1).close()
+        if pid_file.exists():
             return
-        except urllib.error.HTTPError:
-            return  # an answer is an answer
-        except OSError:
-            time.sleep(0.02)
+        time.sleep(0.02)
     raise AssertionError(f"nginx did not start: {log.read_text()[-500:] if log.exists() else ''}")
