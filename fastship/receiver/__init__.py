@@ -5,7 +5,7 @@ receipt are on disk under the episode's name and verified; an artifact once publ
 is docs/protocol.md. Inside, imports go one way:
 
     __main__ > server > (connection | app)      app > (reading | store) > uploads > (lock > partial | reserved)
-    app > reading > request > ingest > partial      uploads > decisions > (access | answers)
+    app > reading > request > ingest > direct > partial      uploads > decisions > (access | answers)
 
 Imports ``settings``, ``episode``, ``durable``, ``fields``, ``frames`` and ``errors`` of fastship, never ``upload``.
 The command line and the tests import this package by the two names below.

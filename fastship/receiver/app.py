@@ -28,6 +28,7 @@ from fastship.receiver import answers, decisions
 from fastship.receiver.access import Access
 from fastship.receiver.answers import Answer
 from fastship.receiver.decisions import Body, Declared, Facts
+from fastship.receiver.direct import Takers
 from fastship.receiver.ingest import End, Receive, ingest
 from fastship.receiver.lock import Busy, Superseded
 from fastship.receiver.partial import Partial, Unsynced
@@ -72,6 +73,7 @@ class Receiver:
         self._io = ThreadPoolExecutor(16, "receiver-io")
         self._publishing = ThreadPoolExecutor(8, "receiver-publish")  # fsyncs of several share one commit
         self._verifying = ThreadPoolExecutor(2, "receiver-verify")  # of what takes so long that others would wait
+        self._takers = Takers()
         self._open_bodies = 0
         self._mending: asyncio.Task[None] | None = None
 
@@ -86,6 +88,7 @@ class Receiver:
         self._io.shutdown(wait=False)
         self._publishing.shutdown(wait=False)
         self._verifying.shutdown(wait=False)
+        self._takers.close()
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -455,6 +458,7 @@ class Receiver:
     async def _ingest(self, request: Request, partial: Partial, limit: int | None, digest: Any) -> End:
         self._open_bodies += 1
         self._metrics.open_bodies.inc()
+        began = partial.offset
         try:
             return await ingest(
                 request.receive,
@@ -464,8 +468,11 @@ class Receiver:
                 sync_bytes=self._settings.sync_bytes,
                 idle_timeout_s=IDLE_TIMEOUT_S,
                 body_digest=digest,
+                direct=request.direct,
+                takers=self._takers,
             )
         finally:
+            request.body_bytes = max(request.body_bytes, partial.offset - began)  # what went past ``receive``, too
             self._open_bodies -= 1
             self._metrics.open_bodies.dec()
 

@@ -1,7 +1,8 @@
 """A request's body on its way from the event loop into a partial: gathered, digested and written in threads.
 
 What always holds: the loop never waits for the disk; when `ingest` returns or raises no thread touches the partial
-any more; memory is two batches a request and unsynced data at most twice ``sync_bytes`` an upload.
+any more; memory is two batches a request and unsynced data at most twice ``sync_bytes`` an upload. Where bytes come
+fast and the connection can be lent, a thread takes them itself (``direct``).
 
 Imported by ``app``.
 """
@@ -14,6 +15,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import Executor
 from typing import Any
 
+from fastship.receiver.direct import Direct, Takers, Taking
 from fastship.receiver.partial import Digest, Partial
 
 Message = MutableMapping[str, Any]
@@ -21,6 +23,7 @@ Receive = Callable[[], Awaitable[Message]]
 
 BATCH_BYTES = 1 << 20  # a thread hop costs about 0.1 ms, digest and write of so much 1 to 2 ms
 _BATCH_PIECES = 1024  # a piece of one byte costs 40 bytes to keep; as many as one pwritev(2) takes
+_FAST_S = 0.05  # for a batch: 20 MB/s
 _CLOCK_S = 1.0  # how finely the idle limit is kept; moving a timer for each 64 KiB costs more than it is worth
 
 
@@ -42,11 +45,13 @@ async def ingest(
     sync_bytes: int,
     idle_timeout_s: float,
     body_digest: Digest | None = None,
+    direct: Direct | None = None,
+    takers: Takers | None = None,
 ) -> End:
     """Append the body that ``receive`` (ASGI) gives to ``partial``; at most ``limit_bytes`` of it.
 
-    ``body_digest`` is updated with the same bytes. Not synced at the end. Raises ``OSError`` and what the
-    partial's guard raises.
+    ``body_digest`` is updated with the same bytes. Not synced at the end. With ``direct`` and ``takers``, a thread
+    takes what it can. Raises ``OSError`` and what the partial's guard raises.
     """
     writer = _Writer(partial, executor, sync_bytes, body_digest)
     loop = asyncio.get_running_loop()
@@ -73,6 +78,12 @@ async def ingest(
                 if not message.get("more_body", False):
                     end = End.WHOLE
                     break
+                if direct is not None and takers is not None and writer.is_fast(direct.left):
+                    limit.reschedule(None)
+                    most = direct.left if limit_bytes is None else min(direct.left, limit_bytes - taken)
+                    taken += await writer.take(direct, takers, most)
+                    moved = loop.time()
+                    limit.reschedule(moved + idle_timeout_s)
     except TimeoutError:
         end = End.IDLE
     except BaseException:
@@ -93,14 +104,48 @@ class _Writer:
         self._batch: list[bytes] = []
         self._batch_bytes = 0
         self._unsynced_bytes = 0
-        self._writing: asyncio.Future[None] | None = None
+        self._writing: asyncio.Future[Any] | None = None
         self._syncing: asyncio.Future[int] | None = None
+        self._batch_began = 0.0
+        self._fast = False
 
     async def put(self, body: bytes) -> None:
+        now = asyncio.get_running_loop().time()
+        if not self._batch:
+            self._batch_began = now
         self._batch.append(body)
         self._batch_bytes += len(body)
         if self._batch_bytes >= BATCH_BYTES or len(self._batch) >= _BATCH_PIECES:
+            self._fast = self._batch_bytes >= BATCH_BYTES and now - self._batch_began < _FAST_S
             await self._hand_over()
+
+    def is_fast(self, left_bytes: int) -> bool:
+        """Whether a batch has just gone at a rate, with so much to come, that is worth `take`."""
+        return self._fast and not self._batch and left_bytes >= BATCH_BYTES
+
+    async def take(self, direct: Direct, takers: Takers, most_bytes: int) -> int:
+        """Let a thread append from the connection as long as bytes come fast; how many it was, perhaps none."""
+        self._fast = False
+        with takers.one() as free:
+            source = direct.borrow() if free and most_bytes > 0 else None
+            if source is None:
+                return 0
+            before = after = self._partial.offset
+            try:
+                await self._finish(self._writing)
+                await self._finish(self._syncing)
+                before = after = self._partial.offset
+                taking = Taking(source, self._partial, most_bytes, self._sync_bytes, self._body_digest)
+                self._writing = asyncio.wrap_future(takers.submit(taking))
+                try:
+                    await self._finish(self._writing)
+                finally:
+                    taking.stop()
+                    await self.settle()
+                    after = self._partial.offset
+            finally:
+                direct.give_back(after - before)
+            return after - before
 
     async def flush(self) -> None:
         """Write the rest and wait for everything."""

@@ -86,6 +86,11 @@ class Partial:
                 end = _pwrite_all(self.fd, chunks[first : first + _IOV], end)
         self.offset, self.running = end, running
 
+    def put(self, piece: memoryview) -> None:
+        """Append ``piece``; whoever calls this also updates ``running`` with it, before anybody looks at that."""
+        with self._guard():
+            self.offset = _pwrite_all(self.fd, [piece], self.offset)
+
     def sync(self) -> int:
         """Make what is written now durable and return that offset. May run beside `write`; may be repeated.
 
@@ -131,7 +136,7 @@ class Partial:
             self.fd = -1
 
 
-def _pwrite_all(fd: int, chunks: Sequence[bytes], offset: int) -> int:
+def _pwrite_all(fd: int, chunks: Sequence[bytes | memoryview], offset: int) -> int:
     """Write all chunks at ``offset`` (``pwritev(2)`` may take fewer bytes) and return the end."""
     while chunks:
         written = os.pwritev(fd, chunks, offset)
@@ -139,7 +144,7 @@ def _pwrite_all(fd: int, chunks: Sequence[bytes], offset: int) -> int:
         for index, chunk in enumerate(chunks):
             if written < len(chunk):
                 rest = memoryview(chunk)[written:]
-                chunks = [rest, *chunks[index + 1 :]]  # type: ignore[list-item]
+                chunks = [rest, *chunks[index + 1 :]]
                 break
             written -= len(chunk)
         else:

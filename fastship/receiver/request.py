@@ -18,6 +18,7 @@ import msgspec
 
 from fastship import fields
 from fastship.receiver.answers import Answer
+from fastship.receiver.direct import EXTENSION, Direct
 from fastship.receiver.ingest import Message, Receive
 
 Scope = MutableMapping[str, Any]
@@ -42,6 +43,7 @@ class Request:
         self._receive = receive
         self._send = send
         length = self.headers.get("content-length", "0").strip()
+        self.direct: Direct | None = scope.get("extensions", {}).get(EXTENSION, {}).get("body")
         self._unread = "transfer-encoding" in self.headers or length != "0"
 
     @property
