@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from fastship.shipper import Shipper as Shipper
     from fastship.status import PassResult as PassResult
 
+__version__ = "0.1.0"
+
 __all__ = ["PassResult", "Settings", "Shipper"]
 
 _HOMES = {"PassResult": "fastship.status", "Settings": "fastship.settings", "Shipper": "fastship.shipper"}

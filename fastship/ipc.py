@@ -1,7 +1,7 @@
 """The messages between the supervisor and a worker, and the channel that carries them.
 
-A channel is one end of a ``SOCK_SEQPACKET`` pair: one message, one packet, so nothing is ever half read, and
-the death of either side is the end of file at the other. What always holds: the supervisor never blocks on a
+A channel is one end of a ``SOCK_SEQPACKET`` pair: one packet has one or more whole messages, so nothing is ever half
+read, and the death of either side is the end of file at the other. What always holds: the supervisor never blocks on a
 worker (its sends either go at once or the worker counts as stuck); a worker that reads end of file has lost
 its supervisor and ends at once; no message holds a secret (token files travel as paths).
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import select
 import socket
 import threading
+from collections import deque
 
 import msgspec
 
@@ -90,15 +91,16 @@ class SupervisorEnd:
         self._sock = sock
         self._sock.setblocking(False)
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+        self._decoder: msgspec.msgpack.Decoder[list[FromWorker]] = msgspec.msgpack.Decoder(list[FromWorker])
+        self._received: deque[FromWorker] = deque()  # of the packets read, what was not asked for yet
 
     def fileno(self) -> int:
         return self._sock.fileno()
 
-    def send(self, message: ToWorker) -> None:
-        """Raises `Closed` when the worker is gone, `Stuck` when it does not read."""
+    def send(self, *messages: ToWorker) -> None:
+        """One packet. Raises `Closed` when the worker is gone, `Stuck` when it does not read."""
         try:
-            self._sock.send(self._encoder.encode(message))
+            self._sock.send(self._encoder.encode(messages))
         except BlockingIOError:
             raise Stuck from None
         except OSError:
@@ -106,6 +108,8 @@ class SupervisorEnd:
 
     def receive(self) -> FromWorker | None:
         """The next message, None when there is none now. Raises `Closed` at the end of file."""
+        if self._received:
+            return self._received.popleft()
         try:
             packet = self._sock.recv(_BUFFER_BYTES)
         except BlockingIOError:
@@ -114,7 +118,8 @@ class SupervisorEnd:
             raise Closed from None
         if not packet:
             raise Closed
-        return self._decoder.decode(packet)
+        self._received.extend(self._decoder.decode(packet))
+        return self._received.popleft()
 
     def close(self) -> None:
         self._sock.close()
@@ -126,11 +131,12 @@ class WorkerEnd:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._lock = threading.Lock()
-        self._decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+        self._decoder: msgspec.msgpack.Decoder[list[ToWorker]] = msgspec.msgpack.Decoder(list[ToWorker])
+        self._received: deque[ToWorker] = deque()
 
-    def send(self, message: FromWorker) -> None:
-        """Raises `Closed` when the supervisor is gone."""
-        packet = msgspec.msgpack.encode(message)
+    def send(self, *messages: FromWorker) -> None:
+        """One packet: the supervisor hears all of them at once. Raises `Closed` when it is gone."""
+        packet = msgspec.msgpack.encode(messages)
         try:
             with self._lock:
                 self._sock.send(packet)
@@ -139,6 +145,8 @@ class WorkerEnd:
 
     def receive(self, timeout_s: float) -> ToWorker | None:
         """The next message, None when none came within ``timeout_s``. Raises `Closed` at the end of file."""
+        if self._received:
+            return self._received.popleft()
         readable, _, _ = select.select([self._sock], [], [], timeout_s)
         if not readable:
             return None
@@ -148,7 +156,8 @@ class WorkerEnd:
             raise Closed from None
         if not packet:
             raise Closed
-        return self._decoder.decode(packet)
+        self._received.extend(self._decoder.decode(packet))
+        return self._received.popleft()
 
 
 def pair() -> tuple[SupervisorEnd, socket.socket]:

@@ -2,22 +2,60 @@
 
 What always holds: nothing is logged to standard output; a traceback in a log shows no local variables, which may
 hold a token; a line is written whole, also while a live display owns the terminal (rich swaps ``sys.stderr``
-meanwhile, so it is looked up at each line).
+meanwhile, so it is looked up at each line); structlog, which takes 0.1 s to load, is not loaded before there is
+something to say, for a pass in which all goes well says nothing.
 
 Imports ``settings``; whoever starts a process of fastship (``cli``, the worker's and the receiver's start) calls
-`configure` once; everyone else just uses ``structlog.get_logger()``.
+`configure` once; everyone else uses `Logger`, or ``logging`` where structured fields are not needed.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-
-import structlog
+import threading
+from typing import TYPE_CHECKING
 
 from fastship.settings import LogSettings
 
+if TYPE_CHECKING:
+    import structlog
+
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+_waiting: LogSettings | None = None  # what `configure` was told and structlog was not yet
+_loading = threading.RLock()  # whoever has something to say meanwhile waits: unconfigured, structlog prints
+
+
+class Logger:
+    """``structlog.get_logger(name)``, loaded at the first line of the level that is set."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def debug(self, event: str, **fields: object) -> None:
+        self._say("debug", event, fields)
+
+    def info(self, event: str, **fields: object) -> None:
+        self._say("info", event, fields)
+
+    def warning(self, event: str, **fields: object) -> None:
+        self._say("warning", event, fields)
+
+    def error(self, event: str, **fields: object) -> None:
+        self._say("error", event, fields)
+
+    def exception(self, event: str, **fields: object) -> None:
+        """An error with the traceback of the exception that is being handled."""
+        self._say("exception", event, fields)
+
+    def _say(self, method: str, event: str, fields: dict[str, object]) -> None:
+        waiting = _waiting
+        if waiting is not None and _LEVELS.get(method, logging.ERROR) < _LEVELS[waiting.level]:
+            return
+        import structlog
+
+        _load()
+        getattr(structlog.get_logger(self._name), method)(event, **fields)
 
 
 class _CurrentStderr:
@@ -30,12 +68,43 @@ class _CurrentStderr:
         sys.stderr.flush()
 
 
+class _FirstWords(logging.Handler):
+    """Stands where the real handler will, until somebody says something by ``logging``."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _load()
+        for handler in logging.getLogger().handlers:
+            if handler is not self:
+                handler.handle(record)
+
+
 def configure(log: LogSettings) -> None:
     """Send this process's logs to standard error.
 
     May be repeated. What comes by ``logging`` goes the same way: fastship's own by the
     level set, a library's from "warning" on.
     """
+    global _waiting
+    level = _LEVELS[log.level]
+    _waiting = log
+    logging.basicConfig(handlers=[_FirstWords()], level=max(level, logging.WARNING), force=True)
+    logging.getLogger("fastship").setLevel(level)
+    if "structlog" in sys.modules:
+        _load()
+
+
+def _load() -> None:
+    """Configure structlog as `configure` was told. Repeatable."""
+    global _waiting
+    with _loading:
+        if _waiting is not None:
+            _configure_structlog(_waiting)
+            _waiting = None
+
+
+def _configure_structlog(log: LogSettings) -> None:
+    import structlog
+
     level = _LEVELS[log.level]
     text = log.format == "text" or (log.format == "auto" and sys.stderr.isatty())
     renderer: structlog.typing.Processor
@@ -65,4 +134,3 @@ def configure(log: LogSettings) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
-    logging.getLogger("fastship").setLevel(level)

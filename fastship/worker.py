@@ -1,9 +1,10 @@
 """A worker process: packs the episodes it is given and ships them, the next one packed while the last one uploads.
 
-Three threads beside the frame pool's: the main one reads messages and beats, one packs, one (of
-`upload.Session`) moves bytes. What always holds: a worker writes in the outbox only, in files of episodes it
-was given; it changes nothing in ``episodes/``; it ends at once when its supervisor is gone, and because it
-inherited the spool lock no other supervisor can have begun before it has.
+Three threads beside the frame pool's: the main one reads messages and beats, one packs, one (of `upload.Session`)
+moves bytes. For small episodes the hand-overs between them are what costs, so few are made. What always holds: a
+worker writes in the outbox only, in files of episodes it was given; it changes nothing in ``episodes/``; it ends at
+once when its supervisor is gone, and because it inherited the spool lock no other supervisor can have begun before
+it has.
 
 Imports ``pack``, ``frames``, ``upload``, ``spool`` (the outbox alone), ``ipc`` and below. Run by the supervisor as
 ``python -m fastship.worker FD``; nothing imports it.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import queue
 import signal
@@ -20,10 +22,8 @@ import socket
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-import structlog
+from typing import NamedTuple
 
 from fastship import ipc, logs
 from fastship.episode import Manifest, Outcome, Verdict
@@ -36,8 +36,9 @@ from fastship.spool.layout import Layout
 from fastship.upload import Artifact, Session
 
 BEAT_S = 0.25
+GLANCE_MEMBERS = 128  # looked at again within 1 ms or so: a hand-over to another thread costs more
 
-log = structlog.get_logger(__name__)
+log = logging.getLogger(__name__)  # not structlog: slow to load, for a worker that has nothing to say
 
 
 class _Progress:
@@ -50,6 +51,14 @@ class _Progress:
         self.done_bytes = 0
         self.total_bytes = 0
         self.since = time.monotonic()
+
+
+class _ToShip(NamedTuple):
+    """An artifact that nobody was told of yet."""
+
+    manifest: Manifest
+    reused: bool
+    first_attempt: bool
 
 
 class Worker:
@@ -71,8 +80,7 @@ class Worker:
         self._session = Session(
             settings.destination, settings.upload, on_progress=self._shipped_bytes, on_verdict=self._judged
         )
-        # Looking at an episode again takes as long as it has files: not on the thread that moves bytes.
-        self._checker = ThreadPoolExecutor(1, thread_name_prefix="check")
+        self._checks: list[threading.Thread] = []
         self._packer = threading.Thread(target=self._pack_all, name="pack", daemon=True)
 
     def run(self) -> int:
@@ -101,7 +109,8 @@ class Worker:
                 return 1  # an exception that nobody foresaw ended it and is printed: the episode goes to another worker
             # Nothing more is begun, and what waits for a retry gets its verdict now: the artifacts go on another day.
             if self._session.drain(0.0):
-                self._checker.shutdown()
+                for check in self._checks:
+                    check.join()
                 return 0
 
     def _drain(self) -> None:
@@ -127,17 +136,27 @@ class Worker:
     # --- the pack thread -------------------------------------------------------------------------------------
 
     def _pack_all(self) -> None:
-        while True:
-            assignment = self._queue.get()
-            if assignment is None:
-                return
-            with contextlib.suppress(ipc.Closed):  # the main thread reads the end of file, too
-                self._attempt(assignment)
+        with contextlib.suppress(ipc.Closed):  # the main thread reads the end of file, too
+            packed: _ToShip | None = None
+            while True:
+                if packed is not None and self._queue.empty():
+                    self._ship(packed)
+                    packed = None
+                assignment = self._queue.get()
+                if assignment is None:
+                    if packed is not None:
+                        self._ship(packed)
+                    return
+                self._under_way[assignment.episode] = _Progress()
+                began = PackBegan(assignment.episode)
+                if packed is None:
+                    self._channel.send(began)
+                else:
+                    self._ship(packed, began)
+                packed = self._attempt(assignment)
 
-    def _attempt(self, assignment: ipc.Assignment) -> None:
+    def _attempt(self, assignment: ipc.Assignment) -> _ToShip | None:
         episode = assignment.episode
-        self._under_way[episode] = _Progress()
-        self._channel.send(PackBegan(episode))
         try:
             manifest, reused = self._artifact_of(episode)
         except FastshipError as error:
@@ -145,16 +164,22 @@ class Worker:
                 episode, error.code, f"{error.message}; {error.remedy}" if error.remedy else error.message
             )
         except Exception as error:  # a bug, or a kind of I/O error nobody thought of: the worker lives on
-            log.exception("pack-crashed", episode=episode)
+            log.exception("packing %s failed", episode)
             self._pack_failed(episode, "internal", f"{type(error).__name__}: {error}")
         else:
-            progress = _Progress()
-            progress.shipping, progress.total_bytes = True, manifest.artifact_bytes
-            self._under_way[episode] = progress
-            self._manifests[episode] = manifest
-            self._channel.send(Packed(episode, manifest, reused))
-            first = assignment.first_attempt and not reused
-            self._session.submit(Artifact(manifest, self._outbox.artifact(episode)), first_attempt=first)
+            return _ToShip(manifest, reused, assignment.first_attempt and not reused)
+        return None
+
+    def _ship(self, packed: _ToShip, *began: PackBegan) -> None:
+        """Say that an episode is packed, with what begins now in the same packet, and hand it to the session."""
+        manifest = packed.manifest
+        episode = manifest.episode
+        progress = _Progress()
+        progress.shipping, progress.total_bytes = True, manifest.artifact_bytes
+        self._under_way[episode] = progress
+        self._manifests[episode] = manifest
+        self._channel.send(Packed(episode, manifest, packed.reused), *began)
+        self._session.submit(Artifact(manifest, self._outbox.artifact(episode)), first_attempt=packed.first_attempt)
 
     def _pack_failed(self, episode: str, code: str, error: str) -> None:
         with contextlib.suppress(OSError):
@@ -194,10 +219,14 @@ class Worker:
         progress.done_bytes, progress.total_bytes = done_bytes, total_bytes
 
     def _judged(self, episode: str, verdict: Verdict) -> None:
-        if verdict.outcome is Outcome.SHIPPED:
-            self._checker.submit(self._answer, episode, verdict)
-        else:
+        if verdict.outcome is not Outcome.SHIPPED or self._manifests[episode].members <= GLANCE_MEMBERS:
             self._answer(episode, verdict)
+            return
+        # Looking at an episode again takes as long as it has files: not on the thread that moves bytes.
+        check = threading.Thread(target=self._answer, args=(episode, verdict), name="check", daemon=True)
+        self._checks = [one for one in self._checks if one.is_alive()]
+        self._checks.append(check)
+        check.start()
 
     def _answer(self, episode: str, verdict: Verdict) -> None:
         manifest = self._manifests.pop(episode)

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import click
 
+from fastship import __version__
 from fastship.cli import artifacts, demonstration, service, setup, triage
 from fastship.cli.options import Invocation
 from fastship.cli.output import printable_lines
@@ -31,9 +32,7 @@ _EXIT_PIPE_CLOSED = 141  # 128 + SIGPIPE
 
 def _version(context: click.Context, _option: click.Parameter, asked: bool) -> None:
     if asked and not context.resilient_parsing:
-        from importlib.metadata import version
-
-        click.echo(f"fastship {version('fastship')}")
+        click.echo(f"fastship {__version__}")
         context.exit()
 
 

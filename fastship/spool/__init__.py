@@ -2,19 +2,17 @@
 
 ``layout`` (directories, lock) -> ``outbox`` (artifacts) -> ``watch`` -> ``store`` (the moves) -> ``requests`` (an
 operator's words): each imports only those before it. The supervisor alone moves episodes, under the lock; workers use
-`Outbox` alone.
+`Outbox` alone. ``watch`` is imported by itself: a pass needs no inotify, and workers do not.
 """
 
 from fastship.spool.layout import Lock
 from fastship.spool.outbox import Outbox, is_intact
 from fastship.spool.store import HoldRecord, Look, Quarantined, QuarantineReason, Spool
-from fastship.spool.watch import MarkerWatch
 
 __all__ = [
     "HoldRecord",
     "Lock",
     "Look",
-    "MarkerWatch",
     "Outbox",
     "QuarantineReason",
     "Quarantined",

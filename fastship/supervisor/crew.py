@@ -41,6 +41,7 @@ class Hand:
         self.heard_at = time.monotonic()
         self.under_way: list[ipc.UnderWay] = []
         self.bandwidth = 0
+        self.unsent: list[ipc.ToWorker] = []  # goes with the next `Crew.flush`
 
     @property
     def pid(self) -> int:
@@ -100,16 +101,23 @@ class Crew:
         return hand
 
     def send(self, number: int, message: ipc.ToWorker) -> None:
-        """To a worker that may be gone already: then it is reaped, and what it had goes back."""
+        """With the next `flush`. To a worker that may be gone already: then it is reaped, and what it had goes back."""
         hand = self.hands.get(number)
-        if hand is None:
-            return
-        try:
-            hand.channel.send(message)
-        except ipc.Closed:
-            hand.gone = True
-        except ipc.Stuck:
-            hand.kill()
+        if hand is not None:
+            hand.unsent.append(message)
+
+    def flush(self) -> None:
+        """Send what was said since: one packet for each worker, so that each wakes once. Before any wait."""
+        for hand in self.hands.values():
+            if not hand.unsent:
+                continue
+            try:
+                hand.channel.send(*hand.unsent)
+            except ipc.Closed:
+                hand.gone = True
+            except ipc.Stuck:
+                hand.kill()
+            hand.unsent.clear()
 
     def silent(self, timeout_s: float) -> list[Hand]:
         """The workers not heard of for so long. One that is starting has the same time."""

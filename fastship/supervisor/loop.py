@@ -18,9 +18,8 @@ from collections import deque
 from collections.abc import Callable
 
 import msgspec
-import structlog
 
-from fastship import ipc, status
+from fastship import ipc, logs, status
 from fastship.errors import FastshipError, PackError, SpoolError, UsageError
 from fastship.lifecycle import Book, Policy, decide, next_wake
 from fastship.lifecycle import events as ev
@@ -33,7 +32,7 @@ from fastship.supervisor.patrol import Patrol
 from fastship.supervisor.signals import Signals
 from fastship.supervisor.tally import Tally
 
-log = structlog.get_logger(__name__)
+log = logs.Logger(__name__)
 
 STOP_LOOK_S = 0.25  # the stop flag is looked at as often as this: with the workers' end that makes half a second
 LOCK_WAIT_S = 5.0  # the workers of a supervisor that was killed need a moment to notice
@@ -172,6 +171,7 @@ class Supervisor:
         return min(times) - now
 
     def _receive(self, timeout_s: float) -> None:
+        self._crew.flush()
         for key, _ in self._selector.select(timeout_s):
             source = key.data
             if isinstance(source, Hand):

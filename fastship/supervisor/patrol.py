@@ -12,20 +12,23 @@ from __future__ import annotations
 import selectors
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import msgspec
-import structlog
 
-from fastship import status
+from fastship import logs, status
 from fastship.episode import is_episode_id
 from fastship.errors import PackError, UsageError
 from fastship.lifecycle import CLAIMED, Book, State, infer
 from fastship.lifecycle.events import Event, Found, Gone, Released
 from fastship.pack import fingerprint
 from fastship.settings import Settings
-from fastship.spool import MarkerWatch, Spool, requests
+from fastship.spool import Spool, requests
 
-log = structlog.get_logger(__name__)
+if TYPE_CHECKING:
+    from fastship.spool.watch import MarkerWatch
+
+log = logs.Logger(__name__)
 
 NOTICE_S = 0.02  # markers are gathered for so long: a recorder that makes many files wakes us 50 times a second at most
 LOOK_SHARE = 0.005  # of one core
@@ -67,6 +70,8 @@ class Patrol:
 
     def watch(self) -> None:
         """Notice markers at once from now on, where the kernel helps."""
+        from fastship.spool.watch import MarkerWatch  # a single pass does not watch
+
         paths = self._spool.paths
         try:
             self._watch = MarkerWatch(paths.episodes, paths.requests)

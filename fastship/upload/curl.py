@@ -25,17 +25,16 @@ import ipaddress
 import os
 import re
 import select
-import ssl
 import termios
 import time
 from collections.abc import Hashable
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import pycurl
 
+from fastship import __version__
 from fastship.settings import DestinationSettings, UploadSettings
 from fastship.upload.bandwidth import Bandwidth
 from fastship.upload.course import BODY_LIMIT_BYTES, Answer, Fault, FaultKind, Request
@@ -109,7 +108,7 @@ class Transfers(Generic[Key]):
         self._destination = destination
         self._upload = upload
         self._token = Token(destination.token_file)
-        self._agent = f"fastship/{metadata.version('fastship')}"
+        self._agent = f"fastship/{__version__}"
         self._buffer = memoryview(bytearray(READ_BYTES))  # shared: libcurl copies before the next callback can come
         self._bandwidth = Bandwidth(upload.bandwidth, now=time.monotonic())
         self._epoll = select.epoll()
@@ -315,7 +314,8 @@ class _Transfer:
         set_option(pycurl.WRITEFUNCTION, self._on_body)
         if _is_this_machine(self._request.url):
             set_option(pycurl.NOPROXY, "*")
-        self._configure_tls(destination)
+        if self._request.url[:6].lower() == "https:":
+            self._configure_tls(destination)
         fields = [f"{name}: {value}" for name, value in self._request.fields]
         self._token = token
         if token:
@@ -334,6 +334,8 @@ class _Transfer:
         set_option(pycurl.HTTPHEADER, fields)
 
     def _configure_tls(self, destination: DestinationSettings) -> None:
+        import ssl  # takes longer to load than all else here, and plain HTTP has no use for it
+
         set_option = self.easy.setopt
         set_option(pycurl.SSL_VERIFYPEER, 1)
         set_option(pycurl.SSL_VERIFYHOST, 2)

@@ -91,6 +91,24 @@ def test_messages_keep_their_order_and_edges(channel: Ends) -> None:
     assert received == [PackBegan(name) for name in names]
 
 
+def test_what_goes_in_one_packet_comes_one_by_one(channel: Ends) -> None:
+    ours, theirs, sock = channel
+    ours.send(ipc.Assignment("a", True), ipc.Shares(threads=1))
+    ours.send(ipc.Drain())
+    received = [theirs.receive(timeout_s=60.0) for _ in range(3)]
+    assert received == [ipc.Assignment("a", True), ipc.Shares(threads=1), ipc.Drain()]
+    theirs.send(Packed("a", manifest_of("a"), False), PackBegan("b"))
+    theirs.send(Returned("c"))
+    sock.close()
+    assert [ours.receive() for _ in range(3)] == [
+        Packed("a", manifest_of("a"), False),
+        PackBegan("b"),
+        Returned("c"),
+    ]
+    with pytest.raises(ipc.Closed):
+        ours.receive()
+
+
 def test_many_threads_may_send(channel: Ends) -> None:
     ours, theirs, _ = channel
     each = 200

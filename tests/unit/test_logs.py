@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Literal
 
@@ -52,6 +54,36 @@ def test_what_is_said_goes_to_standard_error(
         documents = [json.loads(line) for line in err.splitlines()]
         assert documents[0]["event"] == "hello"
         assert {one["level"] for one in documents} == {"info", "warning", "error"}
+
+
+FIRST_WORDS = """
+import logging, sys
+from fastship import logs
+from fastship.settings import LogSettings
+
+logs.configure(LogSettings(level="warning", format="json"))
+ours, library = logs.Logger("fastship.test"), logging.getLogger("some.library")
+ours.info("too-small")
+library.info("chatter")
+assert "structlog" not in sys.modules
+{first}.warning("first")
+assert "structlog" in sys.modules
+ours.info("too-small")
+ours.warning("second", episode="ep1")
+library.warning("third")
+"""
+
+
+@pytest.mark.parametrize("first", ["ours", "library"])
+def test_structlog_is_loaded_by_the_first_line(first: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_WORDS.format(first=first)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == ""
+    documents = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [one["event"] for one in documents] == ["first", "second", "third"]
+    assert {one["level"] for one in documents} == {"warning"}
+    assert documents[1]["episode"] == "ep1"
 
 
 def test_the_level_hushes_what_is_below_it(capsys: pytest.CaptureFixture[str]) -> None:

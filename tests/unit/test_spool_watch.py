@@ -15,7 +15,7 @@ from inotify_simple import Event, flags
 from sample import make_episode
 
 from fastship.episode import MARKER
-from fastship.spool import MarkerWatch
+from fastship.spool.watch import MarkerWatch
 
 
 class Post:
