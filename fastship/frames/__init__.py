@@ -5,6 +5,7 @@ worker and the command line import what stands in ``__all__``.
 """
 
 from fastship.frames.compress import FramePool, FrameStream
+from fastship.frames.following import Following
 from fastship.frames.index import Kind, Member
 from fastship.frames.reader import ArtifactReader, ReadAt
 from fastship.frames.tar import Header, NotTar, TarReader
@@ -14,6 +15,7 @@ from fastship.frames.writer import ArtifactWriter
 __all__ = [
     "ArtifactReader",
     "ArtifactWriter",
+    "Following",
     "FramePool",
     "FrameStream",
     "Header",

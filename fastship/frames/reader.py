@@ -37,7 +37,7 @@ ReadAt = Callable[[int, int], bytes]
 """``read_at(offset, length)``: exactly those bytes of the artifact, fewer only at its end. Called in one thread."""
 
 WINDOW_BYTES = 128 << 20  # ZSTD_WINDOWLOG_LIMIT_DEFAULT = 27 (zstd.h)
-_WHOLE_FRAME_BYTES = 32 << 20
+WHOLE_FRAME_BYTES = 32 << 20
 _PIECE_BYTES = 1 << 20
 _SENTINEL_BYTES = 16
 _REMEDY = "read it again from where it came; if it is in the outbox, remove it: it is packed again"
@@ -46,8 +46,8 @@ _REMEDY = "read it again from where it came; if it is in the outbox, remove it: 
 class ArtifactReader:
     """An artifact, from a file (`ArtifactReader.open`) or from any source of byte ranges, an HTTP server's say.
 
-    ``frames`` counts the data frames, ``content_bytes`` is the tar stream's length; both None without a seek table.
-    Not for use by two threads at once. Raises `ArtifactError`, and what ``read_at`` raises.
+    ``table`` is the seek table, ``frames`` counts the data frames, ``content_bytes`` is the tar stream's length; all
+    None without a seek table. Not for use by two threads at once. Raises `ArtifactError`, and what ``read_at`` raises.
     """
 
     def __init__(self, read_at: ReadAt, total_bytes: int) -> None:
@@ -55,10 +55,10 @@ class ArtifactReader:
         self._fd = -1
         self.total_bytes = total_bytes
         self._cached: tuple[int, bytes] = (-1, b"")
-        self._table = seektable.decode(read_at, total_bytes)
+        self.table = seektable.decode(read_at, total_bytes)
         self._index_frame: int | None = None
-        if self._table is not None:
-            self._index_frame = self._find_index(self._table)
+        if self.table is not None:
+            self._index_frame = self._find_index(self.table)
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
@@ -98,13 +98,13 @@ class ArtifactReader:
 
     @property
     def content_bytes(self) -> int | None:
-        return None if self._table is None else self._table.content_bytes
+        return None if self.table is None else self.table.content_bytes
 
     @property
     def frames(self) -> int | None:
-        if self._table is None:
+        if self.table is None:
             return None
-        return sum(1 for number in range(len(self._table)) if self._table.content_size(number))
+        return sum(1 for number in range(len(self.table)) if self.table.content_size(number))
 
     @property
     def has_index(self) -> bool:
@@ -113,9 +113,9 @@ class ArtifactReader:
 
     def members(self) -> Iterator[Member]:
         """The members in tar order. Only a complete iteration has checked the index for damage."""
-        if self._index_frame is None or self._table is None:
+        if self._index_frame is None or self.table is None:
             return (header.member() for header in TarReader(self.stream()))
-        start, end = self._table.compressed_offsets[self._index_frame : self._index_frame + 2]
+        start, end = self.table.compressed_offsets[self._index_frame : self._index_frame + 2]
         payload = start + SKIPPABLE_HEADER.size
         return index.decode(lambda offset, length: self._read_at(payload + offset, length), end - payload)
 
@@ -128,15 +128,15 @@ class ArtifactReader:
 
         The last frame of a part is remembered, so that neighbouring parts do not decompress it again.
         """
-        if self._table is None:
+        if self.table is None:
             return _cut(self._decompress_pieces(0, self.total_bytes), start, end)
         whole = start == 0 and end is None
-        end = self._table.content_bytes if end is None else min(end, self._table.content_bytes)
-        numbers = range(len(self._table)) if whole else self._table.overlapping(start, end)
+        end = self.table.content_bytes if end is None else min(end, self.table.content_bytes)
+        numbers = range(len(self.table)) if whole else self.table.overlapping(start, end)
         if not numbers:
             return iter(())
-        chunks = self._frames_in_order(self._table, numbers, threads, remember=not whole)
-        base = self._table.content_offsets[numbers[0]]
+        chunks = self._frames_in_order(self.table, numbers, threads, remember=not whole)
+        base = self.table.content_offsets[numbers[0]]
         return chunks if whole else _cut(chunks, start - base, end - base)
 
     def _frames_in_order(self, table: FrameTable, numbers: range, threads: int, *, remember: bool) -> Iterator[bytes]:
@@ -144,7 +144,7 @@ class ArtifactReader:
         with contextlib.ExitStack() as cleanup:
             readers = None
             if threads > 1 and len(numbers) > 1:
-                readers = cleanup.enter_context(_Threads(threads))
+                readers = cleanup.enter_context(FrameThreads(threads))
             for number in numbers:
                 size = table.content_size(number)
                 start, end = table.compressed_offsets[number : number + 2]
@@ -154,12 +154,12 @@ class ArtifactReader:
                     yield self._cached[1]
                 elif not size:
                     self._check_skippable(start, end)
-                elif size > _WHOLE_FRAME_BYTES or end - start > 2 * size + 4096:
+                elif size > WHOLE_FRAME_BYTES or end - start > 2 * size + 4096:
                     while pending:
                         yield pending.popleft()[1].take()
                     yield from self._large_frame(start, end, size)
                 elif readers is None:
-                    content = _decompress(self._bytes(start, end), size)
+                    content = decompress_frame(self._bytes(start, end), size)
                     if remember:
                         self._cached = (number, content)
                     yield content
@@ -266,7 +266,7 @@ class _Frame(Outcome):
         self._content = b""
 
     def decompress(self) -> None:
-        self._content = _decompress(self._compressed, self._size)
+        self._content = decompress_frame(self._compressed, self._size)
         self._compressed = b""
 
     def take(self) -> bytes:
@@ -277,7 +277,7 @@ class _Frame(Outcome):
         return self._content
 
 
-class _Threads:
+class FrameThreads:
     """Threads that decompress for one stream; leaving it drops what none has begun and waits for the rest."""
 
     def __init__(self, count: int) -> None:
@@ -316,7 +316,7 @@ class _Threads:
 _of_thread = threading.local()
 
 
-def _decompress(compressed: bytes, size: int) -> bytes:
+def decompress_frame(compressed: bytes, size: int) -> bytes:
     """One frame of exactly ``size`` bytes of content. Runs in any thread, without the GIL."""
     decompressor = getattr(_of_thread, "decompressor", None)
     if decompressor is None:

@@ -39,42 +39,56 @@ def verify_content(
     ``max_content_bytes`` (None: any size); ``InterruptedError`` soon after ``stopped`` says so.
     """
     with ArtifactReader.open(path) as reader:
-        content = _Digested(reader, threads, max_content_bytes, stopped)
-        chunks = iter(content)
+        found = Digested(reader.stream(threads), reader.content_bytes or 0, max_content_bytes, stopped).judge()
+        check_index(reader, found.members)
+        return found
+
+
+def check_index(reader: ArtifactReader, members: int | None) -> None:
+    """The member index, where there is one, must have as many. Raises `ArtifactError`."""
+    if reader.has_index and sum(1 for _ in reader.members()) != members:
+        raise ArtifactError(f"the member index does not have the {members} members of the tar stream")
+
+
+class Digested:
+    """A tar stream, digested, counted and limited while its members are looked at.
+
+    ``said_bytes`` is the length that is claimed before anything is read.
+    """
+
+    def __init__(
+        self,
+        contents: Iterator[bytes],
+        said_bytes: int = 0,
+        limit_bytes: int | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._contents = contents
+        self._said_bytes = said_bytes
+        self._limit_bytes = limit_bytes
+        self._stopped = stopped
+        self._digest = blake3.blake3()
+        self._bytes = 0
+
+    def judge(self) -> VerifiedContent:
+        """Read all of it, once. Raises `ArtifactError`, ``InterruptedError``, and what the contents raise."""
+        chunks = iter(self)
         try:
-            members = sum(1 for _ in TarReader(chunks))
+            members: int | None = sum(1 for _ in TarReader(chunks))
         except NotTar:
-            members = None
-        if not content.bytes:
             members = None
         for _ in chunks:  # the zero blocks, or all that follows what is not tar
             pass
-        if reader.has_index and sum(1 for _ in reader.members()) != members:
-            raise ArtifactError(f"the member index does not have the {members} members of the tar stream")
-        return VerifiedContent(content.digest.hexdigest(), content.bytes, members)
-
-
-class _Digested:
-    """Passes the tar stream on, digesting, counting and limiting it."""
-
-    def __init__(
-        self, reader: ArtifactReader, threads: int, limit_bytes: int | None, stopped: Callable[[], bool]
-    ) -> None:
-        self._reader = reader
-        self._threads = threads
-        self._limit_bytes = limit_bytes
-        self._stopped = stopped
-        self.digest = blake3.blake3()
-        self.bytes = 0
+        return VerifiedContent(self._digest.hexdigest(), self._bytes, members if self._bytes else None)
 
     def __iter__(self) -> Iterator[bytes]:
-        self._check(self._reader.content_bytes or 0)
-        for chunk in self._reader.stream(self._threads):
+        self._check(self._said_bytes)
+        for chunk in self._contents:
             if self._stopped():
                 raise InterruptedError("the verification was told to stop")
-            self.bytes += len(chunk)
-            self._check(self.bytes)
-            self.digest.update(chunk)
+            self._bytes += len(chunk)
+            self._check(self._bytes)
+            self._digest.update(chunk)
             yield chunk
 
     def _check(self, content_bytes: int) -> None:

@@ -351,7 +351,9 @@ class Receiver:
     # --- in threads ------------------------------------------------------------------------------------------
 
     def _lane(self, partial: Partial, declared: Declared) -> Executor:
-        large = max(partial.offset, declared.content_bytes or 0) > _LARGE_BYTES
+        """The threads for publishing this. What is verified already, or nearly, does not wait behind what is not."""
+        following = partial.following is not None and partial.following.is_under_way
+        large = max(partial.offset, declared.content_bytes or 0) > _LARGE_BYTES and not following
         return self._verifying if large else self._publishing
 
     def _publish(self, partial: Partial, declared: Declared) -> tuple[Answer, bool]:

@@ -1,9 +1,10 @@
 """A body's bytes from the client's socket to the file in one thread, past the event loop, the parser and the heap.
 
-Why: through the loop a GB costs twice the CPU of what must be done with it (receive, digest, write). What always holds:
-this is only ever a faster way of doing what the loop does. `Taking` ends as soon as bytes come slowly, or the client has
-gone, or anything is odd, and the loop, which finds the same connection at the next byte, goes on and decides what it
-means. So a slow client never holds a thread, and there is no limit, timeout or answer here.
+Why: through the loop a GB costs twice the CPU of what must be done with it (receive, digest, write).
+
+What always holds: this is only ever a faster way of doing what the loop does. `Taking` ends as soon as bytes come
+slowly, or the client has gone, or anything is odd, and the loop, which finds the same connection at the next byte,
+goes on and decides what it means. So a slow client never holds a thread, and there is no limit, timeout or answer here.
 
 Blocks; called in threads. Imported by ``ingest`` and ``connection``.
 """

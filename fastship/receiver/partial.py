@@ -17,6 +17,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from fastship.frames import Following
+
 _READ_BYTES = 1 << 20
 _IOV = 1024  # IOV_MAX of Linux: buffers in one pwritev(2)
 
@@ -50,7 +52,8 @@ class Mark:
 class Partial:
     """An open partial. ``running`` None: the bytes before were written by another process, digest them at the end.
 
-    ``guard`` is entered around each write: it raises when this request may not write any more. ``synced`` is
+    ``following`` verifies the artifact beside: it is told of each new offset, and abandoned when bytes go or nobody
+    keeps it. ``guard`` is entered around each write: it raises when this request may not write any more. ``synced`` is
     called with each offset that has become durable, ``unsynced`` when the disk did not take what was written.
     """
 
@@ -61,6 +64,7 @@ class Partial:
         *,
         offset: int = 0,
         running: Digest | None = None,
+        following: Following | None = None,
         guard: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         synced: Callable[[int], None] | None = None,
         unsynced: Callable[[], None] = lambda: None,
@@ -69,6 +73,7 @@ class Partial:
         self.fd = fd
         self.offset = offset
         self.running = hashlib.sha256() if offset == 0 else running
+        self.following = following
         self._guard = guard
         self._synced = synced
         self.unsynced = unsynced
@@ -85,11 +90,13 @@ class Partial:
             for first in range(0, len(chunks), _IOV):
                 end = _pwrite_all(self.fd, chunks[first : first + _IOV], end)
         self.offset, self.running = end, running
+        self._follow()
 
     def put(self, piece: memoryview) -> None:
         """Append ``piece``; whoever calls this also updates ``running`` with it, before anybody looks at that."""
         with self._guard():
             self.offset = _pwrite_all(self.fd, [piece], self.offset)
+        self._follow()
 
     def sync(self) -> int:
         """Make what is written now durable and return that offset. May run beside `write`; may be repeated.
@@ -125,12 +132,25 @@ class Partial:
 
     def cut_back(self, mark: Mark) -> None:
         """Forget what was written after ``mark``; only for bytes whose offset never left the receiver."""
+        self.part_from_following(abandon=True)
         with self._guard():
             os.ftruncate(self.fd, mark.offset)
         self.offset, self.running = mark.offset, mark.running
 
+    def part_from_following(self, *, abandon: bool = False) -> Following | None:
+        """It is the caller's to keep now, unless it is abandoned."""
+        following, self.following = self.following, None
+        if following is not None and abandon:
+            following.abandon()
+        return following
+
+    def _follow(self) -> None:
+        if self.following is not None:
+            self.following.advance(self.offset)
+
     def close(self) -> None:
         """May be repeated."""
+        self.part_from_following(abandon=True)
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

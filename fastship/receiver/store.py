@@ -32,7 +32,7 @@ import msgspec
 from fastship import durable
 from fastship.episode import ARTIFACT_SUFFIX, Receipt, ReceivedArtifact, ReceivedContent, is_episode_id
 from fastship.errors import ArtifactError, ReceiverError
-from fastship.frames import verify_content
+from fastship.frames import Following, verify_content
 from fastship.receiver import answers
 from fastship.receiver.answers import Answer
 from fastship.receiver.decisions import Declared, compare
@@ -41,6 +41,8 @@ from fastship.receiver.uploads import Uploads
 from fastship.settings import ReceiverSettings
 
 _log = logging.getLogger("fastship.receiver")
+
+_FOLLOWINGS = 4  # artifacts verified while they come, in a process; the others are when they are whole
 
 
 class DigestMismatch(Exception):
@@ -82,7 +84,8 @@ class Store:
             raise ReceiverError(
                 f"receiver.root {self.root} cannot be used: {error}", remedy="make it writable for the receiver"
             ) from None
-        self.uploads = Uploads(self._uploads, secret, settings.upload_max_age_s)
+        self._followings = threading.Semaphore(_FOLLOWINGS)
+        self.uploads = Uploads(self._uploads, secret, settings.upload_max_age_s, self._follow)
 
     def stop(self) -> None:
         """Let verifications that are under way end with ``InterruptedError``: nothing is published any more."""
@@ -135,7 +138,7 @@ class Store:
         content = None
         if self._verify == "content":
             try:
-                content = self._verify_content(partial.path, declared)
+                content = self._verify_content(partial.path, declared, partial)
             except (ArtifactError, ContentMismatch):
                 stored = self.receipt(declared.episode)
                 if stored is not None:  # whatever this is, it is not what stands there
@@ -177,9 +180,24 @@ class Store:
             return known if sha256 == stored.artifact.sha256 or not undecided else None
         return compare(sha256, content.blake3, stored)
 
-    def _verify_content(self, path: Path, declared: Declared | None) -> ReceivedContent:
+    def _follow(self, fd: int) -> Following | None:
+        """What verifies a new partial while it comes. Takes none of the threads' time before there is much of it."""
+        if self._verify != "content":
+            return None
+        followings = self._followings
+        return Following(
+            fd,
+            threads=self._threads,
+            place=lambda: followings.release if followings.acquire(blocking=False) else None,
+        )
+
+    def _verify_content(self, path: Path, declared: Declared | None, partial: Partial | None = None) -> ReceivedContent:
         limit = declared.content_bytes if declared is not None else None
-        found = verify_content(path, threads=self._threads, max_content_bytes=limit, stopped=self._stopping.is_set)
+        found = None
+        if partial is not None and partial.following is not None:
+            found = partial.following.finish(partial.offset, self._stopping.is_set)
+        if found is None or (limit is not None and found.bytes > limit):
+            found = verify_content(path, threads=self._threads, max_content_bytes=limit, stopped=self._stopping.is_set)
         if declared is not None:
             if declared.content_blake3 is not None and found.blake3 != declared.content_blake3:
                 raise ContentMismatch(f"the tar stream has BLAKE3 {found.blake3}, not {declared.content_blake3}")

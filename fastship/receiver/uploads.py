@@ -23,10 +23,12 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from fastship import durable
+from fastship.frames import Following
 from fastship.receiver.answers import Answer
 from fastship.receiver.decisions import Declared
 from fastship.receiver.lock import Busy, Gone, State, Superseded, UploadLock
@@ -97,17 +99,33 @@ class Upload:
         self._lock.close()
 
 
+class _Running(NamedTuple):
+    """What goes on from one request to the next, if that is the next generation and at this offset."""
+
+    generation: int
+    offset: int
+    digest: Digest
+    following: Following | None
+
+
 class Uploads:
     """All uploads below ``directory``. Safe to use from threads and from several processes at once."""
 
-    def __init__(self, directory: Path, secret: bytes, max_age_s: float) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        secret: bytes,
+        max_age_s: float,
+        follow: Callable[[int], Following | None] = lambda _fd: None,
+    ) -> None:
+        self._follow = follow
         self._directory = directory
         self._ended = directory / "ended"
         self._secret = secret
         self._max_age_s = max_age_s
         self._boot = durable.boot_id()
-        # Running digests of uploads that this process wrote last: token -> (generation, offset, digest).
-        self._running: dict[str, tuple[int, int, Digest]] = {}
+        # Of uploads that this process wrote last, by token.
+        self._running: dict[str, _Running] = {}
         self._reserved = Reserved(directory, lambda token: getattr(self._read(token), "length", None))
 
     def token(self, declared: Declared) -> str:
@@ -121,7 +139,7 @@ class Uploads:
         path = self._directory / f"one-{secrets.token_hex(16)}.part"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         fcntl.flock(fd, fcntl.LOCK_EX)
-        return Partial(path, fd)
+        return Partial(path, fd, following=self._follow(fd))
 
     def create(self, declared: Declared, *, wait_s: float = WAIT_S) -> Upload:
         """Find the upload of this artifact or begin one, and take it over. Idempotent.
@@ -223,17 +241,21 @@ class Uploads:
                     durable.sync_directory(self._directory)
                     lock = upload._lock
                     lock.write(lock.read()._replace(synced=partial.offset, boot=self._boot), durably=True)
-                    self._running[upload.token] = (upload._generation, partial.offset, partial.running)
+                    self._running[upload.token] = _Running(
+                        upload._generation, partial.offset, partial.running, partial.part_from_following()
+                    )
             finally:
                 upload.close()
 
     def remember(self, upload: Upload) -> None:
-        """Keep the running digest for the next append that comes to this process."""
+        """Keep the running digest and verification for the next append that comes to this process."""
         partial = upload.partial
         if partial.running is not None and partial.offset and not upload.ended:
             if len(self._running) > 4096:
-                self._running.clear()  # costs a re-read each, no more
-            self._running[upload.token] = (upload._generation, partial.offset, partial.running)
+                self._running.clear()  # costs a re-read each, no more; verifications end when nothing comes
+            self._running[upload.token] = _Running(
+                upload._generation, partial.offset, partial.running, partial.part_from_following()
+            )
 
     def end(self, upload: Upload, answer: Answer | None) -> None:
         """Remove the upload (within `Upload.exclusive`) and keep its final answer as a tombstone, if there is one."""
@@ -338,13 +360,17 @@ class Uploads:
         generation = before.generation + 1
         lock.write(before._replace(generation=generation))
         running = self._running.pop(token, None)
+        if running is not None and running[:2] != (before.generation, before.synced):
+            _drop(running)
+            running = None
         path = self._path(token, "part")
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         partial = Partial(
             path,
             fd,
             offset=before.synced,
-            running=running[2] if running and running[:2] == (before.generation, before.synced) else None,
+            running=running.digest if running else None,
+            following=running.following if running else self._follow(fd) if before.synced == 0 else None,
             guard=lambda: _own(lock, generation),
             synced=lambda offset: _note(lock, generation, offset),
             unsynced=lambda: self._abandon(token, lock, generation),
@@ -408,7 +434,7 @@ class Uploads:
         # The record first: without it nothing of the rest is an upload any more. The lock last.
         for kind in ("json", "part", "lock"):
             durable.unlink_if_present(self._path(token, kind))
-        self._running.pop(token, None)
+        _drop(self._running.pop(token, None))
         self._reserved.note(token, None)
 
     def _open_lock(self, token: str) -> UploadLock:
@@ -419,6 +445,11 @@ class Uploads:
 
     def _path(self, token: str, kind: str) -> Path:
         return self._directory / f"{token}.{kind}"
+
+
+def _drop(running: _Running | None) -> None:
+    if running is not None and running.following is not None:
+        running.following.abandon()
 
 
 @contextlib.contextmanager

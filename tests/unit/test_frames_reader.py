@@ -148,7 +148,7 @@ def test_a_cut_is_noticed_unless_it_leaves_whole_frames(cut: int) -> None:
     except ArtifactError:
         return
     # The tail (index and seek table) may be missing: then it is a stock file whose frames are all there.
-    edges = over(ARTIFACT)._table
+    edges = over(ARTIFACT).table
     assert edges is not None
     assert cut in edges.compressed_offsets
     assert got == CONTENT[: len(got)]
@@ -196,7 +196,7 @@ def test_a_seek_table_that_lies_is_refused() -> None:
 
 
 def test_large_frames_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "_WHOLE_FRAME_BYTES", 10_000)
+    monkeypatch.setattr(reader, "WHOLE_FRAME_BYTES", 10_000)
     monkeypatch.setattr(reader, "_PIECE_BYTES", 1000)
     data = artifact(frame_bytes=16384)
     pieces = list(over(data).stream(3))
