@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fastship.cli.interruption import terminated_like_interrupted
 from fastship.cli.options import Invocation, json_option, shared_options
 from fastship.cli.output import format_bytes, format_rate, format_ratio, write_json, write_line, write_table
 from fastship.errors import EXIT_NOT_SHIPPED, EXIT_OK, UsageError
@@ -59,7 +59,7 @@ def demo(
             click.echo(line, err=True)
 
     display = shipping_display(quiet=invocation.quiet)
-    with _terminated_like_interrupted(), _workplace(directory) as place:
+    with terminated_like_interrupted(), _workplace(directory) as place:
         try:
             compared = run_demo(
                 place,
@@ -118,17 +118,3 @@ def _workplace(directory: Path | None) -> Iterator[Path]:
     if not empty:
         raise UsageError(f"{directory} is not empty", remedy="--dir takes a new or an empty directory")
     yield directory.absolute()
-
-
-@contextlib.contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM ends the demo as Ctrl-C does, so that its receiver and its files do not outlive it."""
-
-    def interrupt(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -4,22 +4,17 @@ What always holds: everything is written below one directory; the receiver is a 
 over HTTP only, and is gone when `run_demo` returns or raises; an episode counts as equal only when what the
 receiver gives back, extracted, is the same as what was recorded.
 
-Imports ``shipper``, ``pack``, ``frames``, ``settings``, ``status``, ``errors``; the command line imports it.
+Imports ``shipper``, ``pack``, ``frames``, ``loopback``, ``settings``, ``status``, ``errors``; the command line imports
+it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.client
-import os
-import selectors
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
 from urllib.parse import urlsplit
 
 import msgspec
@@ -27,11 +22,11 @@ import msgspec
 from fastship import status
 from fastship.demo import recorder
 from fastship.demo.compare import Tree, differences
-from fastship.errors import ArtifactError, ReceiverError
+from fastship.errors import ArtifactError
+from fastship.loopback import LoopbackReceiver
 from fastship.settings import Settings
 
 _EPISODES = 5
-_START_LIMIT_S = 60.0  # a receiver starts in under a second; a loaded machine may take long
 _READ_LIMIT_S = 120.0  # one read of the socket while reading back
 _DRAIN_LIMIT_S = 5.0  # Ctrl-C in a demo is meant now
 _ROOM_BYTES = 100_000_000
@@ -85,7 +80,7 @@ def run_demo(
         observer(snapshot)
 
     spool = directory / "spool"
-    with _Receiver(directory / "receiver", directory / "receiver.log") as receiver:
+    with LoopbackReceiver(directory / "receiver", directory / "receiver.log", "the demo's") as receiver:
         say(f"working in {directory}")
         say(f"the receiver answers at {receiver.url}")
         say(doing)
@@ -119,7 +114,7 @@ def _ship(
     observe: Callable[[status.Snapshot], None],
     recording: recorder.Recorder,
     names: Sequence[str],
-    receiver: _Receiver,
+    receiver: LoopbackReceiver,
 ) -> None:
     """Run the daemon until every episode has left ``episodes/`` or is held. Raises `Ended` when it was told to stop."""
     from fastship.shipper import Shipper
@@ -143,80 +138,6 @@ def _ship(
 
 def _held(spool: Path, name: str) -> bool:
     return (spool / "holds" / f"{name}.json").exists()
-
-
-class _Receiver:
-    """A receiver in a process of its own, from ``with`` to its end. Raises `ReceiverError` when it does not start."""
-
-    def __init__(self, store: Path, log: Path) -> None:
-        self._log = log
-        # -c: not by the reader's own settings. The reserve: the room was looked at already.
-        self._command = [
-            sys.executable,
-            "-m",
-            "fastship",
-            "receive",
-            "-c",
-            os.devnull,
-            "--set",
-            "receiver.reserve_bytes=0",
-        ]
-        self._command += ["--root", str(store), "--listen", "127.0.0.1:0"]
-        self.url = ""
-
-    def __enter__(self) -> _Receiver:
-        with open(self._log, "wb") as errors:
-            # In a session of its own: Ctrl-C reaches the shipper, which drains; the receiver must outlive that.
-            self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
-            )
-        assert self._process.stdout is not None
-        try:
-            self.url = _first_line(self._process.stdout, self._process)
-            if not self.url.startswith("http"):
-                raise self.error("did not start")
-        except BaseException:
-            self._end()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end()
-
-    def has_ended(self) -> bool:
-        return self._process.poll() is not None
-
-    def error(self, what: str) -> ReceiverError:
-        """An error with the last that the receiver said."""
-        code = self._process.poll()
-        self._end()
-        said = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
-        told = f"exit status {code}: {'; '.join(said[-4:]) or 'it said nothing'}"
-        return ReceiverError(f"the demo's receiver {what}: {told}", remedy=" ".join(self._command))
-
-    def _end(self) -> None:
-        """Idempotent."""
-        self._process.terminate()
-        try:
-            self._process.wait(20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
-
-
-def _first_line(stream: IO[bytes], process: subprocess.Popen[bytes]) -> str:
-    """The first line of the process's output, or "" when it ended or said nothing in time."""
-    deadline = time.monotonic() + _START_LIMIT_S
-    with selectors.DefaultSelector() as selector:
-        selector.register(stream, selectors.EVENT_READ)
-        while time.monotonic() < deadline:
-            if selector.select(0.2):
-                return stream.readline().decode(errors="replace").strip()
-            if process.poll() is not None:
-                return ""
-    return ""
 
 
 def _read_back(
