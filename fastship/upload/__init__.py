@@ -7,9 +7,10 @@ the receiver made durable is not sent again.
 - `course` is the seam: what a dialect and the session say to each other
 - `native` is the dialect of fastship's own receiver; a further dialect is one more such module
 - `verdict` is the table of what each answer and fault means
+- `probe` measures how fast the destination takes bytes, and leaves nothing there
 - `session` carries several artifacts at once in one thread; `curl` alone talks to the network
 
-The worker imports this; it imports ``settings``, ``episode``, ``fields`` and ``errors``.
+The worker and ``tune`` import this; it imports ``settings``, ``episode``, ``fields`` and ``errors``.
 """
 
 from __future__ import annotations
@@ -19,9 +20,19 @@ import queue
 from fastship.episode import Verdict
 from fastship.settings import DestinationSettings, UploadSettings
 from fastship.upload.course import Artifact
+from fastship.upload.probe import LinkSpeed, LinkUnknown, measure_link
 from fastship.upload.session import OnProgress, OnVerdict, Session
 
-__all__ = ["Artifact", "OnProgress", "OnVerdict", "Session", "ship"]
+__all__ = [
+    "Artifact",
+    "LinkSpeed",
+    "LinkUnknown",
+    "OnProgress",
+    "OnVerdict",
+    "Session",
+    "measure_link",
+    "ship",
+]
 
 
 def ship(

@@ -161,10 +161,11 @@ def answer_timeout_s(manifest: Manifest, upload: UploadSettings) -> float:
     return upload.answer_timeout_s + manifest.artifact_bytes / VERIFY_BYTES_PER_S
 
 
-def read_answer(request: Request, answer: Answer, manifest: Manifest, known_url: str | None) -> Reading:
+def read_answer(request: Request, answer: Answer, most_bytes: int, known_url: str | None) -> Reading:
     """What an answer to ``request`` asks for (docs/protocol.md, How the client reads an answer).
 
-    ``known_url`` is the upload's resource when an earlier answer named it. Raises nothing, whatever was answered.
+    ``most_bytes`` is all that the receiver can have of the artifact, ``known_url`` the upload's resource when an
+    earlier answer named it. Raises nothing, whatever was answered.
     """
     appending = request.method == "PATCH"
     creating = not appending and request.body == Body()
@@ -173,9 +174,9 @@ def read_answer(request: Request, answer: Answer, manifest: Manifest, known_url:
     # A server of the draft need not repeat ?0 beside an offset; without both it is about the episode.
     about_upload = complete is False or (complete is None and offset is not None and (appending or creating))
     if about_upload and answer.status in (200, 201, 204):
-        return _read_place(request, answer, offset or 0, manifest, known_url)
+        return _read_place(request, answer, offset or 0, most_bytes, known_url)
     if about_upload and answer.status == 409:
-        return CreateAgain() if offset is None else _read_place(request, answer, offset, manifest, known_url)
+        return CreateAgain() if offset is None else _read_place(request, answer, offset, most_bytes, known_url)
     if about_upload and answer.status == 400:
         return (
             CreateAgain()
@@ -195,9 +196,9 @@ def _error_code(answer: Answer) -> str | None:
         return None
 
 
-def _read_place(request: Request, answer: Answer, offset: int, manifest: Manifest, known_url: str | None) -> Reading:
-    if offset > manifest.artifact_bytes:
-        return Misbehaviour(f"the receiver claims {offset} bytes of an artifact of {manifest.artifact_bytes}")
+def _read_place(request: Request, answer: Answer, offset: int, most_bytes: int, known_url: str | None) -> Reading:
+    if offset > most_bytes:
+        return Misbehaviour(f"the receiver claims {offset} bytes of an artifact of {most_bytes}")
     limit = fields.parse_limits(answer.field(fields.UPLOAD_LIMIT)).get("max-append-size") or None
     url = request.url if request.method == "PATCH" else known_url
     location = answer.field("Location")
@@ -333,7 +334,7 @@ class _NativeCourse:
         return (yield from self._wait(verdict))
 
     def _read(self, request: Request, answer: Answer) -> Generator[Step, Result, Request | Verdict]:
-        reading = read_answer(request, answer, self._manifest, self._url)
+        reading = read_answer(request, answer, self._manifest.artifact_bytes, self._url)
         match reading:
             case UploadPlace():
                 return (yield from self._go_on(request, answer, reading))
