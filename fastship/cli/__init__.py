@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import click
 
 from fastship import __version__
-from fastship.cli import artifacts, demonstration, service, setup, triage
+from fastship.cli import artifacts, demonstration, measuring, service, setup, triage
 from fastship.cli.options import Invocation
 from fastship.cli.output import printable_lines
 from fastship.errors import EXIT_INTERNAL, EXIT_OK, EXIT_USAGE, FastshipError
@@ -70,6 +70,8 @@ for _command in (
     artifacts.ls,
     artifacts.extract,
     setup.config,
+    measuring.bench,
+    measuring.tune,
 ):
     fastship.add_command(_command)
 

@@ -240,6 +240,30 @@ def byte_progress(title: str, total_bytes: int, *, quiet: bool) -> Iterator[Call
         yield show
 
 
+@contextlib.contextmanager
+def step_progress(*, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A line that says what is being done; the body calls what it gets at each step. A terminal only, as above.
+
+    Drawn at the steps and not in between: it shall not disturb what is measured meanwhile.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield lambda _step: None
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    started = time.monotonic()
+    console = Console(stderr=True, highlight=False)
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+
+        def show(step: str) -> None:
+            line = _line(f"measuring, {time.monotonic() - started:.0f} s: {printable(step)}", "dim")
+            line.truncate(console.width, overflow="ellipsis")
+            live.update(line, refresh=True)
+
+        yield show
+
+
 def summary_line(results: Sequence[tuple[str, int]]) -> str:
     """``5 shipped, 1 to retry``: only what is not zero, ``nothing to ship`` when all is."""
     told = [f"{count} {name}" for name, count in results if count]

@@ -62,7 +62,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
 # -- the frame of all commands -------------------------------------------------------------------------------
 
 COMMANDS = ["demo", "init", "run", "once", "receive", "status"]
-COMMANDS += ["quarantine", "holds", "pack", "ls", "extract", "config"]
+COMMANDS += ["quarantine", "holds", "pack", "ls", "extract", "config", "bench", "tune"]
 
 
 def test_help_names_every_command_and_the_exit_codes(run: Run) -> None:
@@ -90,7 +90,7 @@ def test_the_readme_names_every_command_and_each_flag_of_the_main_ones() -> None
     assert set(COMMANDS) == set(cli.fastship.commands)
     for name in COMMANDS:
         assert f"`fastship {name}" in readme
-    for name in ("demo", "init", "receive"):
+    for name in ("demo", "init", "receive", "bench", "tune"):
         flags = {flag for option in cli.fastship.commands[name].params for flag in option.opts if flag.startswith("--")}
         for flag in flags - {"--quiet", "--debug", "--json", "--config", "--profile", "--set"}:
             assert f"[{flag}" in readme or f" {flag} " in readme

@@ -1,0 +1,79 @@
+"""What `fastship tune` predicts, beside what `fastship once` then delivers of the same episodes on the same host.
+
+To nginx, where the cores hold back; and to fastship's own receiver with a bandwidth limit, where the link does.
+Delivered is the command's own figure, without its start. Predicted over delivered is to be within 20 % of 1.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import measure
+from bench.compare import ROUNDS, SCALE, note
+from bench.conftest import Named
+from bench.corpus import Corpus
+from bench.measure import Cost
+from bench.peers import backlog
+from bench.peers.programs import FASTSHIP, fastship_command
+from bench.servers import Nginx, Receiver
+
+pytestmark = pytest.mark.timeout(0)
+
+BANDWIDTH_BYTES_PER_S = 20_000_000
+SECONDS = 20
+
+
+@pytest.mark.parametrize("to", ["nginx", "limited"])
+@pytest.mark.parametrize("shape", ["large", "small", "tiny"])
+def test_prediction(
+    benchmark: Any, corpus: Corpus, nginx: Nginx, receiver: Receiver, work: Path, fresh: Named, shape: str, to: str
+) -> None:
+    waiting = backlog.make(work / fresh(shape + to), shape, SCALE, corpus)
+    sink: Nginx | Receiver = nginx if to == "nginx" else receiver
+    values = ["destination.proof=status"] if to == "nginx" else [f"upload.bandwidth={BANDWIDTH_BYTES_PER_S}"]
+    tune = [*FASTSHIP, "tune", "--json", "--quiet", "--from", str(waiting.episodes), "--seconds", str(SECONDS)]
+    for value in (f"spool.root={waiting.spool}", f"destination.url={sink.url}", *values):
+        tune += ["--set", value]
+    reports: list[dict[str, Any]] = []
+
+    def drain() -> Cost:
+        sink.empty()
+        cost, out = measure.run(fastship_command(waiting, sink.url, *values, *chosen))
+        reports.append(json.loads(out))
+        assert reports[-1]["shipped"] == waiting.episode_count
+        waiting.restore()
+        return cost
+
+    chosen: list[str] = []
+    predictions, delivered = [], []
+    drain()  # once unmeasured: bytecode is compiled, the receiver is warm
+    for _ in range(ROUNDS):
+        report = json.loads(measure.run(tune)[1])
+        chosen = [
+            f"{section}.{key}={value}" for section, keys in report["settings"].items() for key, value in keys.items()
+        ]
+        predictions.append(report["chosen"]["mb_per_s"])
+        drain()
+        delivered.append(reports[-1]["bytes_in"] / 1e6 / reports[-1]["seconds"])
+        ratio = reports[-1]["bytes_in"] / reports[-1]["bytes_out"]
+        print(
+            f"\n{shape} to {to}: predicted {predictions[-1]:.0f}, delivered {delivered[-1]:.0f} MB/s, {chosen[0]}",
+            f"ratio {report['chosen']['ratio']} and {ratio:.3f}, {report['chosen']['bottleneck']}",
+        )
+        assert abs(report["chosen"]["ratio"] / ratio - 1) < 0.1
+    benchmark.pedantic(drain, rounds=1)
+    note(
+        benchmark,
+        predicted_mb_per_s=statistics.median(predictions),
+        delivered_mb_per_s=statistics.median(delivered),
+        predicted_over_delivered=statistics.median(p / d for p, d in zip(predictions, delivered, strict=True)),
+        bottleneck=report["chosen"]["bottleneck"],
+        host=measure.host(),
+        versions=measure.versions(),
+    )
+    print(benchmark.extra_info)
