@@ -39,7 +39,7 @@ class Assignment(msgspec.Struct, frozen=True, tag=True):
 class Shares(msgspec.Struct, frozen=True, tag=True):
     """Supervisor to worker, at any time: its part of what the host gives. Takes effect at the next frame."""
 
-    threads: int | None = None  # None: as before
+    threads: int | None = None  # None: as before; 0: packing pauses
     bandwidth: int | None = None  # bytes a second, 0: no limit
 
 

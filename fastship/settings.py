@@ -37,6 +37,7 @@ Size = Annotated[int, msgspec.Meta(ge=0, le=_MAX_SIZE, extra={"kind": "size"})]
 Duration = Annotated[float, msgspec.Meta(ge=0, le=_MAX_DURATION_S, extra={"kind": "duration"})]
 """Seconds."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
+Percent = Annotated[float, msgspec.Meta(ge=0, le=100)]
 File = Annotated[str, msgspec.Meta(extra={"kind": "path"})]
 """A path; ``~`` is the home directory, a relative one is relative to the settings file. ``""``: not set."""
 
@@ -90,6 +91,19 @@ class UploadSettings(Section, frozen=True, kw_only=True, forbid_unknown_fields=T
     retry_max_s: Duration = 30.0
 
 
+class HostSettings(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    nice: Annotated[int, msgspec.Meta(ge=0, le=19)] = 10
+    io_class: Literal["none", "best-effort", "idle"] = "best-effort"
+    io_priority: Annotated[int, msgspec.Meta(ge=0, le=7)] = 7
+    reserved_cores: Count = 0
+    memory_limit_bytes: Size = 0
+    give_way: bool = True
+    pause_max_s: Duration = 600.0
+    memory_pressure_limit: Percent = 10.0
+    io_pressure_limit: Percent = 0.0
+    load_limit: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+
+
 class RetentionSettings(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     quarantine_keep_days: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     quarantine_cleanup_interval_s: Duration = 3600.0
@@ -126,6 +140,7 @@ class Settings(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pack: PackSettings = PackSettings()
     workers: WorkersSettings = WorkersSettings()
     upload: UploadSettings = UploadSettings()
+    host: HostSettings = HostSettings()
     retention: RetentionSettings = RetentionSettings()
     receiver: ReceiverSettings = ReceiverSettings()
     log: LogSettings = LogSettings()
@@ -320,7 +335,7 @@ class _Key(msgspec.Struct, frozen=True):
 
     hint: Any
     kind: str  # "size", "duration", "path" or ""
-    type_name: str  # "text" or "number"
+    type_name: str  # "text", "number" or "flag"
     expected: str  # for people: "a size from 4KiB to 1GiB"
 
 
@@ -339,6 +354,8 @@ def _key(hint: Any) -> _Key:
     base = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     if get_origin(base) is Literal:
         return _Key(hint, kind, "text", "one of " + ", ".join(f'"{choice}"' for choice in get_args(base)))
+    if base is bool:
+        return _Key(hint, kind, "flag", "true or false")
     if base is str:
         return _Key(hint, kind, "text", "a path in quotes" if kind == "path" else "a text in quotes")
     what = {"size": "a size like 8MiB", "duration": "a time like 30s"}.get(kind) or (

@@ -71,6 +71,17 @@ class DestinationStatus(msgspec.Struct, frozen=True, kw_only=True):
     retry_in_s: float = 0.0
 
 
+class HostStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What packing leaves to others (of a daemon that gives way)."""
+
+    cores: int  # that packing may use on a host that nobody else uses
+    budget: int  # that it may use now; 0: packing is paused
+    why: str = ""  # fewer than all
+    others_cores: float = 0.0  # that others use or wait for
+    memory_pressure: float | None = None  # others', percent of time; None: not looked at, or not to be told
+    io_pressure: float | None = None
+
+
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     started_at: float  # seconds since the epoch
@@ -84,6 +95,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     progress: list[EpisodeProgress] = []
     recent: list[EpisodeResult] = []  # the last 20, newest last
     workers: list[WorkerStatus] = []
+    host: HostStatus | None = None  # None: it does not give way
 
 
 def write(state: Path, snapshot: Snapshot) -> None:

@@ -77,6 +77,8 @@ class Worker:
         self._under_way: dict[str, _Progress] = {}
         self._manifests: dict[str, Manifest] = {}
         self._draining = False
+        self._may_pack = threading.Event()  # cleared while packing gives way to others on this host
+        self._may_pack.set()
         self._session = Session(
             settings.destination, settings.upload, on_progress=self._shipped_bytes, on_verdict=self._judged
         )
@@ -94,8 +96,11 @@ class Worker:
                 case ipc.Assignment():
                     self._queue.put(message)
                 case ipc.Shares():
-                    if message.threads is not None:
+                    if message.threads == 0:
+                        self._may_pack.clear()
+                    elif message.threads is not None:
                         self._pool.set_threads(message.threads)
+                        self._may_pack.set()
                     if message.bandwidth is not None:
                         self._session.set_bandwidth(message.bandwidth)
                 case ipc.Drain():
@@ -200,7 +205,9 @@ class Worker:
 
         def advanced(done_bytes: int) -> None:
             progress.done_bytes = done_bytes
+            self._may_pack.wait()
 
+        self._may_pack.wait()
         try:
             with self._outbox.begin(episode) as sink:
                 manifest = pack(directory, sink, self._options, self._pool, advanced)

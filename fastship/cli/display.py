@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from fastship.cli.output import format_bytes, format_rate, format_ratio, format_seconds, printable
-from fastship.status import EpisodeProgress, EpisodeResult, Snapshot
+from fastship.status import EpisodeProgress, EpisodeResult, HostStatus, Snapshot
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -133,6 +133,8 @@ class LiveDisplay:
             lines.append(_line(f"  and {len(snapshot.progress) - room} more", "dim"))
         if snapshot.destination.state != "up":
             lines.append(_line(_destination_line(snapshot), "yellow"))
+        if snapshot.host is not None and snapshot.host.why:
+            lines.append(_line(f"packing: {packing_line(snapshot.host)}", "yellow"))
         for line in lines:
             line.truncate(width, overflow="ellipsis")
         return Group(*lines)
@@ -180,6 +182,14 @@ def _progress_line(one: EpisodeProgress, width: int) -> Text:
     if 2 + name_width + 1 + 9 + bar_width + len(numbers) + len(left) > width:
         left = ""  # whole or not at all: half of a time is another time
     return Text.assemble(f"  {name:<{name_width}} ", (f"{one.stage:<8} ", "dim"), bar, numbers + left, no_wrap=True)
+
+
+def packing_line(host: HostStatus) -> str:
+    """``gives way, 1 of 2 cores: others want 1.2 of 2 cores``."""
+    if not host.why:
+        return f"all of {host.cores} cores"
+    what = f"gives way, {host.budget} of {host.cores} cores" if host.budget else "paused"
+    return f"{what}: {host.why}"
 
 
 def _destination_line(snapshot: Snapshot) -> str:

@@ -164,6 +164,8 @@ def status(invocation: Invocation, source: SettingsSource, as_json: bool) -> Non
 
 
 def _write_snapshot(snapshot: status_file.Snapshot, *, running: bool) -> None:
+    from fastship.cli.display import packing_line
+
     totals, target = snapshot.totals, snapshot.destination
     volume = f", {format_bytes(totals.bytes_in)} -> {format_bytes(totals.bytes_out)}" if totals.bytes_out else ""
     write_line(f"since start  {totals.shipped} shipped{volume}")
@@ -171,6 +173,8 @@ def _write_snapshot(snapshot: status_file.Snapshot, *, running: bool) -> None:
         reason = f": {printable(target.reason)}" if target.reason and target.state != "up" else ""
         again = f", next try in {format_seconds(target.retry_in_s)}" if target.retry_in_s > 0 else ""
         write_line(f"destination  {printable(target.url)} {target.state}{again}{reason}")
+        if snapshot.host is not None:
+            write_line(f"packing      {packing_line(snapshot.host)}")
     if running and snapshot.progress:
         write_line()
         rows = [

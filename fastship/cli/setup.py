@@ -121,11 +121,21 @@ def show(invocation: Invocation, source: SettingsSource, origin: bool, as_json: 
 @settings_options
 @shared_options
 def check(invocation: Invocation, source: SettingsSource, as_json: bool) -> None:
-    """Check that the settings can work on this host: files, spool, file system. Changes nothing."""
+    """Check that the settings can work on this host: files, spool, file system. Changes nothing.
+
+    What they ask for and this host cannot do, but nothing fails for, is told as a note.
+    """
     loaded = source.load(need=("spool.root",))
+    from fastship.supervisor import host
+
     problems = list(_problems(loaded))
+    try:
+        host.most_threads(loaded.settings)
+    except SettingsError as error:
+        problems.append(f"{error.message} ({error.remedy})")
+    notes = list(host.unavailable(loaded.settings))
     if as_json:
-        write_json({"ok": not problems, "problems": problems})
+        write_json({"ok": not problems, "problems": problems, "notes": notes})
     if problems:
         raise SettingsError(
             "; ".join(problems)
@@ -134,6 +144,8 @@ def check(invocation: Invocation, source: SettingsSource, as_json: bool) -> None
             remedy="correct it" if len(problems) == 1 else "correct them",
         )
     if not as_json and not invocation.quiet:
+        for note in notes:
+            write_line(f"note: {note}")
         write_line(f"ok: {loaded.path or 'built-in settings'}, spool {loaded.settings.spool.root}")
 
 
@@ -153,6 +165,8 @@ def _toml(key: str, value: Any) -> str:
         return size if size.isdigit() else f'"{size}"'
     if key.endswith("_s"):
         return f'"{format_duration(value)}"'
+    if isinstance(value, bool):
+        return "true" if value else "false"
     return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 

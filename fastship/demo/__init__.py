@@ -89,6 +89,7 @@ def run_demo(
                 "spool": {"root": str(spool)},
                 "destination": {"url": receiver.url},
                 "workers": {"drain_timeout_s": _DRAIN_LIMIT_S},
+                "host": {"give_way": False},  # to our own receiver and recorder, that is
             }
         )
         (spool / "episodes").mkdir(parents=True)

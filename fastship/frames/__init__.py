@@ -7,6 +7,7 @@ worker and the command line import what stands in ``__all__``.
 from fastship.frames.compress import FramePool, FrameStream
 from fastship.frames.following import Following
 from fastship.frames.index import Kind, Member
+from fastship.frames.memory import pool_bytes
 from fastship.frames.reader import ArtifactReader, ReadAt
 from fastship.frames.tar import Header, NotTar, TarReader
 from fastship.frames.verify import VerifiedContent, verify_content
@@ -25,5 +26,6 @@ __all__ = [
     "ReadAt",
     "TarReader",
     "VerifiedContent",
+    "pool_bytes",
     "verify_content",
 ]

@@ -4,10 +4,11 @@ Two functions carry it. `infer(facts)` recognises an episode's state from what i
 restarted supervisor has. `decide(book, event, now)` is told what happened and answers with commands; it alone
 changes the `Book`. Every change of state is one of `TRANSITIONS`, the one table of what is legal.
 
-``states`` -> ``events`` -> ``book``: each imports only those before it.
+``states`` -> ``events`` -> ``book``, ``giveway``: each imports only those before it.
 """
 
 from fastship.lifecycle.book import Book, Policy, decide, next_wake, share_cores
+from fastship.lifecycle.giveway import GiveWay, Limits, Reading
 from fastship.lifecycle.states import CLAIMED, TRANSITIONS, Facts, State, infer
 
 __all__ = [
@@ -15,7 +16,10 @@ __all__ = [
     "TRANSITIONS",
     "Book",
     "Facts",
+    "GiveWay",
+    "Limits",
     "Policy",
+    "Reading",
     "State",
     "decide",
     "infer",

@@ -19,6 +19,7 @@ from fastship.episode import Outcome, Scope
 from fastship.lifecycle.events import (
     Answered,
     Assign,
+    Budget,
     Command,
     Discard,
     Event,
@@ -53,6 +54,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     pause_min_s: float
     pause_max_s: float
     pause_after: int
+    most_threads: int = 1 << 20  # of one worker: what its memory allows
     once: bool = False  # one pass: every episode is attempted once and nothing waits
 
 
@@ -92,9 +94,11 @@ class Book:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
+        self.budget = Budget(policy.cores)
         self.entries: dict[str, Entry] = {}
         self.ready: list[tuple[str, str]] = []  # sorted (key, episode) of the READY ones
         self.waiting: set[str] = set()  # the WAITING ones
+        self.packed: set[str] = set()  # those whose artifact, made since the start, is in the outbox
         self.alarms: list[tuple[float, str]] = []  # a heap of (not_before, episode): theirs, and some of the past
         self.workers: dict[int, set[str]] = {}  # what each has
         self.leaving: set[int] = set()  # workers that drain
@@ -107,6 +111,7 @@ class Book:
     def begin_afresh(self, policy: Policy) -> None:
         """Go by new settings: the destination may be another one now, so nothing of the old one's pause counts."""
         self.policy = policy
+        self.budget = Budget(policy.cores)
         self.breaker = Breaker()
         for episode in self.waiting:
             self.entries[episode].not_before = 0.0
@@ -115,6 +120,11 @@ class Book:
     def count(self, *states: State) -> int:
         """How many entries are in one of ``states``."""
         return sum(1 for entry in self.entries.values() if entry.state in states)
+
+    @property
+    def restrained(self) -> bool:
+        """Whether packing gives way now. Not while draining: what was begun is finished then."""
+        return self.budget.cores < self.policy.cores and not self.draining
 
     def idle(self) -> bool:
         """Whether a pass is over: nothing is with a worker and nothing can be given to one."""
@@ -139,6 +149,7 @@ class Book:
             self.waiting.add(entry.episode)
             heapq.heappush(self.alarms, (entry.not_before, entry.episode))
         elif state not in TRANSITIONS:
+            self.packed.discard(entry.episode)
             del self.entries[entry.episode]
 
 
@@ -172,6 +183,8 @@ def decide(book: Book, event: Event, now: float) -> list[Command]:
             entry = book.entries.get(event.episode)
             if entry is not None and entry.state not in CLAIMED:
                 book.move(entry, State.GONE)
+        case Budget():
+            _budget(book, event, commands)
         case Tick():
             pass
     _wake(book, now)
@@ -243,6 +256,7 @@ def _left(book: Book, event: WorkerLeft, commands: list[Command]) -> None:
 def _packed(book: Book, event: Packed) -> None:
     entry = book.entries[event.episode]
     entry.changes = 0
+    book.packed.add(entry.episode)
     book.move(entry, State.SHIPPING)
 
 
@@ -252,6 +266,7 @@ CHANGES_BEFORE_HOLD = 3
 
 def _pack_failed(book: Book, event: PackFailed, now: float, commands: list[Command]) -> None:
     entry = book.entries[event.episode]
+    book.packed.discard(event.episode)
     if book.breaker.probe == event.episode:
         book.breaker.probe = None  # it told nothing of the destination: another one will
     if event.code == "episode-changed":
@@ -282,6 +297,7 @@ def _answered(book: Book, event: Answered, now: float, commands: list[Command]) 
     else:
         if verdict.outcome is Outcome.DAMAGED:
             commands.append(Discard(event.episode))
+            book.packed.discard(event.episode)
         error = verdict.error
         if verdict.outcome is Outcome.SHIPPED:
             # The receiver holds what was packed, not what is here now: packed again, that will be a conflict.
@@ -345,6 +361,17 @@ def _released(book: Book, event: Released, commands: list[Command]) -> None:
         book.move(entry, State.READY)
 
 
+def _budget(book: Book, event: Budget, commands: list[Command]) -> None:
+    """Said in the log when giving way begins, when packing pauses or goes on, and when all is as it was."""
+    before, book.budget = book.budget, event
+    cores, most = event.cores, book.policy.cores
+    if cores >= most > before.cores:
+        commands.append(Report("info", "no-longer-giving-way", {"cores": cores}))
+    elif cores < most and (before.cores >= most or (cores == 0) != (before.cores == 0)):
+        name = "giving-way" if cores else "packing-paused"
+        commands.append(Report("info", name, {"cores": cores, "of": most, "why": event.why}))
+
+
 def _postpone(book: Book, entry: Entry, error: str, now: float, at_least_s: float = 0.0) -> None:
     """The episode's own retry: later and later, from pause_min_s to pause_max_s."""
     book.transient += 1
@@ -389,7 +416,9 @@ def _assign(book: Book, now: float, commands: list[Command]) -> None:
     while book.ready and not book.draining:
         if breaker.paused and (breaker.probe is not None or now < breaker.until or book.policy.once):
             return
-        entry = book.entries[book.ready[0][1]]
+        entry = _next(book)
+        if entry is None:
+            return
         if entry.frames is None:
             # Only when somebody could take it: its size is not asked for long before it matters.
             if any(_has_room(book, worker, None) for worker in book.workers):
@@ -406,6 +435,15 @@ def _assign(book: Book, now: float, commands: list[Command]) -> None:
         if breaker.paused:
             breaker.probe = entry.episode
         commands.append(Assign(worker, entry.episode, first_attempt=entry.attempts == 0 and entry.kills == 0))
+
+
+def _next(book: Book) -> Entry | None:
+    """The ready episode whose turn it is: while packing is paused, the first that only has to be shipped."""
+    if book.budget.cores or not book.restrained:
+        return book.entries[book.ready[0][1]]
+    packed = [book.entries[episode] for episode in book.packed]
+    ready = [entry for entry in packed if entry.state is State.READY]
+    return min(ready, key=lambda entry: (entry.key, entry.episode), default=None)
 
 
 def _load(book: Book, worker: int) -> int:
@@ -430,20 +468,24 @@ def _has_room(book: Book, worker: int, entry: Entry | None) -> bool:
         return False
     packing = [other for other in mine if other.state in (State.QUEUED, State.PACKING)]
     if not packing:
-        return True
+        if not book.restrained or (entry is not None and entry.episode in book.packed):
+            return True
+        return sum(1 for other in book.workers if _load(book, other)) < book.budget.cores
+    if book.restrained and not book.shares.get(worker):
+        return False
     small = all((other.frames or 1) == 1 for other in packing) and (entry is None or entry.frames == 1)
     return small and len(packing) < QUEUE_DEPTH and len(book.workers) * len(packing) <= len(book.ready)
 
 
-def share_cores(cores: int, frames: Mapping[int, int]) -> dict[int, int]:
+def share_cores(cores: int, frames: Mapping[int, int], most_threads: int = 1 << 20) -> dict[int, int]:
     """The core budget: threads for each packing worker, from the frames it has to pack.
 
     Each gets one; what is left goes, one by one, to the worker with the most frames a thread, never more
-    threads than frames: many small episodes = N workers x 1 thread, one huge one = every core.
+    threads than frames or than ``most_threads``: many small episodes = N workers x 1 thread, one huge one = every core.
     """
     shares = dict.fromkeys(frames, 1)
     for _ in range(cores - len(frames)):
-        hungry = [worker for worker in frames if shares[worker] < frames[worker]]
+        hungry = [worker for worker in frames if shares[worker] < min(frames[worker], most_threads)]
         if not hungry:
             break
         shares[max(hungry, key=lambda worker: frames[worker] / shares[worker])] += 1
@@ -451,9 +493,17 @@ def share_cores(cores: int, frames: Mapping[int, int]) -> dict[int, int]:
 
 
 def _share(book: Book, commands: list[Command]) -> None:
-    frames = {worker: _load(book, worker) for worker in book.workers}
-    shares = share_cores(book.policy.cores, {worker: load for worker, load in frames.items() if load})
-    for worker, threads in shares.items():
+    loads = {worker: _load(book, worker) for worker in book.workers}
+    frames = {worker: load for worker, load in loads.items() if load}
+    cores = book.policy.cores
+    paused: dict[int, int] = {}
+    if book.restrained:
+        # Fewer cores than workers: those that pack go on, so that what is begun comes to its end; the others pause.
+        cores = book.budget.cores
+        order = sorted(frames, key=lambda worker: (not book.shares.get(worker), worker))
+        paused = dict.fromkeys(order[cores:], 0)
+        frames = {worker: frames[worker] for worker in order[:cores]}
+    for worker, threads in (share_cores(cores, frames, book.policy.most_threads) | paused).items():
         if book.shares.get(worker) != threads:
             book.shares[worker] = threads
             commands.append(Share(worker, threads))

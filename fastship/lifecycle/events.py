@@ -95,6 +95,13 @@ class Gone(msgspec.Struct, frozen=True):
     episode: str
 
 
+class Budget(msgspec.Struct, frozen=True):
+    """From now on packing may have so many cores, over all workers; 0: it is paused. ``why``: fewer than all."""
+
+    cores: int
+    why: str = ""
+
+
 class Tick(msgspec.Struct, frozen=True):
     """Time went by."""
 
@@ -112,6 +119,7 @@ Event = (
     | Returned
     | Released
     | Gone
+    | Budget
     | Tick
 )
 
@@ -127,7 +135,7 @@ class Assign(msgspec.Struct, frozen=True):
 
 
 class Share(msgspec.Struct, frozen=True):
-    """A worker's share of the cores for packing."""
+    """A worker's share of the cores for packing; 0: it pauses before the next frame, and ships on."""
 
     worker: int
     threads: int

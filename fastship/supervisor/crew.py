@@ -1,10 +1,11 @@
 """The worker processes as the supervisor holds them: started, spoken to, listened to, reaped.
 
 What always holds: workers are started afresh (never forked from a process with threads), inherit the spool
-lock and their channel and nothing else, and stand in a process group of their own, so that a terminal's Ctrl-C
-reaches the supervisor alone. A worker that cannot start is not started for ever: `WorkerCannotStart`.
+lock and their channel and nothing else, and stand in a session of their own: a terminal's Ctrl-C reaches the
+supervisor alone, and the kernel knows them as a scheduling group (``host``). A worker that cannot start is not
+started for ever: `WorkerCannotStart`.
 
-Imports ``ipc`` and below; the supervisor's loop imports it.
+Imports ``host``, ``ipc`` and below; the supervisor's loop imports it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from fastship import ipc
 from fastship.errors import WorkerCannotStart
 from fastship.lifecycle import Book, State
 from fastship.settings import Settings
+from fastship.supervisor.host import restrain, restrain_group
 
 BOOTS_BEFORE_GIVING_UP = 3  # workers in a row that ended before they were ready, whatever their status
 TERMINATE_S = 3.0  # from SIGTERM to SIGKILL
@@ -36,6 +38,7 @@ class Hand:
         self.process = process
         self.channel = channel
         self.ready = False
+        self.restrained = False  # its scheduling group, too
         self.leaving = False  # told to drain
         self.gone = False  # its channel is at its end
         self.heard_at = time.monotonic()
@@ -92,13 +95,20 @@ class Crew:
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # standard output is the command's
                 env=environment,
-                process_group=0,
+                start_new_session=True,
             )
+        restrain(process.pid, self.settings.host)
         hand = Hand(self._numbers, process, channel)
         self.hands[hand.number] = hand
         self._selector.register(channel, selectors.EVENT_READ, hand)
         self.send(hand.number, ipc.Welcome(hand.number, self.settings, threads))
         return hand
+
+    def restrain(self) -> None:
+        """What `hire` could not do yet. Does not wait: to be called again and again."""
+        for hand in self.hands.values():
+            if not hand.restrained:
+                hand.restrained = restrain_group(hand.pid, self.settings.host)
 
     def send(self, number: int, message: ipc.ToWorker) -> None:
         """With the next `flush`. To a worker that may be gone already: then it is reaped, and what it had goes back."""

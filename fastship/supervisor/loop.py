@@ -11,7 +11,6 @@ Imports everything below it but ``receiver`` and ``upload``; the shipper imports
 from __future__ import annotations
 
 import contextlib
-import os
 import selectors
 import time
 from collections import deque
@@ -28,6 +27,7 @@ from fastship.settings import Settings
 from fastship.spool import HoldRecord, Spool
 from fastship.spool.store import now_wall
 from fastship.supervisor.crew import Crew, Hand
+from fastship.supervisor.host import Courtesy, most_threads, thread_count
 from fastship.supervisor.patrol import Patrol
 from fastship.supervisor.signals import Signals
 from fastship.supervisor.tally import Tally
@@ -67,6 +67,7 @@ class Supervisor:
         self._retirements: list[ev.Retire] = []
         self._signals = Signals()
         self._tally = Tally(settings.destination.url, once=once)
+        self._courtesy = Courtesy(settings)
         self._drain_until: float | None = None
         self._deciding = False
         self._stopping = False
@@ -114,7 +115,7 @@ class Supervisor:
                 self._obey()
                 if not self._once and self._drain_until is None:
                     self._patrol.turn(self._heartbeat)
-                self._feed(ev.Tick())
+                self._feed(self._give_way() or ev.Tick())
                 if time.monotonic() >= self._retire_at:
                     self._flush_retirements()
                 self._report()
@@ -131,10 +132,15 @@ class Supervisor:
             return not self._crew.hands or time.monotonic() >= self._drain_until
         return self._once and self._book.idle()
 
+    def _give_way(self) -> ev.Budget | None:
+        """The cores for packing, where others want more or fewer of them now. In a single pass nothing waits."""
+        return None if self._once else self._courtesy.turn(hand.pid for hand in self._crew.hands.values())
+
     def _hire(self) -> None:
         count = worker_count(self._settings)
         while self._drain_until is None and sum(1 for hand in self._crew.hands.values() if not hand.leaving) < count:
-            self._crew.hire(threads=thread_count(self._settings))
+            self._crew.hire(threads=most_threads(self._settings))
+        self._crew.restrain()
 
     # --- reap ------------------------------------------------------------------------------------------------
 
@@ -334,12 +340,14 @@ class Supervisor:
             new = self._reload()
             if new.spool.root != self._settings.spool.root:
                 raise UsageError("spool.root cannot change while running", remedy="restart the daemon")
+            policy = policy_of(new, once=self._once)
         except FastshipError as error:
             log.error("reload-refused", error=error.message, remedy=error.remedy)
         else:
             log.info("reloaded")
             self._settings = new
-            self._book.begin_afresh(policy_of(new, once=self._once))
+            self._book.begin_afresh(policy)
+            self._courtesy = Courtesy(new)
             self._tally.url = new.destination.url
             self._spool.order = new.spool.order
             self._patrol.settings = self._crew.settings = new
@@ -365,6 +373,7 @@ class Supervisor:
             self._crew.hands.values(),
             recording=self._patrol.recording,
             draining=self._drain_until is not None,
+            host=None if self._once else self._courtesy.status(),
         )
         if written:
             self._next_report = now + REPORT_S
@@ -385,18 +394,13 @@ def _remediation_in(command: ev.Quarantine) -> dict[str, str]:
     return {name: str(told[name]) for name in ("your_commit", "head_commit", "remediation") if name in told}
 
 
-def thread_count(settings: Settings) -> int:
-    """Cores to pack with: ``pack.threads``, or all that this process may use."""
-    return settings.pack.threads or len(os.sched_getaffinity(0))
-
-
 def worker_count(settings: Settings) -> int:
     """Worker processes: ``workers.count``, or one for each core to pack with."""
     return settings.workers.count or thread_count(settings)
 
 
 def policy_of(settings: Settings, *, once: bool) -> Policy:
-    """What the rules need of the settings."""
+    """What the rules need of the settings. Raises `SettingsError` when a worker would not fit its memory."""
     return Policy(
         cores=thread_count(settings),
         in_flight=2 * settings.upload.connections,  # half of them in line, so that a connection never waits
@@ -404,5 +408,6 @@ def policy_of(settings: Settings, *, once: bool) -> Policy:
         pause_min_s=settings.destination.pause_min_s,
         pause_max_s=settings.destination.pause_max_s,
         pause_after=settings.destination.pause_after,
+        most_threads=most_threads(settings),
         once=once,
     )

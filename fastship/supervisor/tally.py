@@ -96,7 +96,15 @@ class Tally:
             seconds=time.monotonic() - self._started,
         )
 
-    def snapshot(self, book: Book, hands: Iterable[Hand], *, recording: int, draining: bool) -> status.Snapshot:
+    def snapshot(
+        self,
+        book: Book,
+        hands: Iterable[Hand],
+        *,
+        recording: int,
+        draining: bool,
+        host: status.HostStatus | None = None,
+    ) -> status.Snapshot:
         """Everything, now."""
         present = list(hands)
         breaker = book.breaker
@@ -107,6 +115,7 @@ class Tally:
             started_at=self._started_wall,
             updated_at=time.time(),
             draining=draining,
+            host=host,
             ready=len(book.ready) + len(book.waiting),
             recording=recording,
             held=book.count(State.HELD),

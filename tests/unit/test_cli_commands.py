@@ -321,6 +321,23 @@ def test_config_check_names_every_problem(run: Run, tmp_path: Path) -> None:
     assert len(problems) == 6
 
 
+def test_config_check_tells_what_this_host_cannot_do_and_refuses_a_memory_that_is_too_small(run: Run) -> None:
+    run("init", "lab", "--url", "http://127.0.0.1:1")
+    check = ("config", "check", "-c", "lab/fastship.toml", "--set")
+    ran = run(*check, "host.reserved_cores=4096")
+    assert ran.code == 0
+    assert "note: host.reserved_cores = 4096: of " in ran.out
+    told = run(*check, "host.reserved_cores=4096", "--json").json()
+    assert told["ok"] is True
+    assert any("reserved_cores" in note for note in told["notes"])
+    ran = run(*check, "host.memory_limit_bytes=32MiB")
+    assert ran.code == 3
+    assert "host.memory_limit_bytes = 32MiB is less than a worker takes with one thread" in ran.err
+    ran = run("once", "-c", "lab/fastship.toml", "--set", "host.memory_limit_bytes=32MiB")
+    assert ran.code == 3
+    assert "raise it to " in ran.err
+
+
 # -- pack, ls, extract ---------------------------------------------------------------------------------------
 
 

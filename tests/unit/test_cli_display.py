@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from fastship.cli import display as module
-from fastship.cli.display import LiveDisplay, NewResults, PlainDisplay, result_line, summary_line
-from fastship.status import DestinationStatus, EpisodeProgress, EpisodeResult, PassResult, Snapshot
+from fastship.cli.display import LiveDisplay, NewResults, PlainDisplay, packing_line, result_line, summary_line
+from fastship.status import DestinationStatus, EpisodeProgress, EpisodeResult, HostStatus, PassResult, Snapshot
 
 UP = DestinationStatus(url="http://127.0.0.1:1", state="up")
 
@@ -115,3 +115,11 @@ def test_the_time_left_is_shown_whole_or_not_at_all() -> None:
 def test_summary_names_only_what_there_is() -> None:
     assert summary_line([("shipped", 5), ("held", 0), ("to retry", 1)]) == "5 shipped, 1 to retry"
     assert summary_line([("shipped", 0)]) == "nothing to ship"
+
+
+def test_giving_way_in_words() -> None:
+    assert packing_line(HostStatus(cores=4, budget=4)) == "all of 4 cores"
+    some = HostStatus(cores=4, budget=1, why="others want 3.2 of 4 cores")
+    assert packing_line(some) == "gives way, 1 of 4 cores: others want 3.2 of 4 cores"
+    none = HostStatus(cores=4, budget=0, why="load of 9, limit 8")
+    assert packing_line(none) == "paused: load of 9, limit 8"

@@ -461,6 +461,102 @@ def test_one_huge_episode_gets_every_core() -> None:
     assert share_cores(4, {1: 1000, 2: 1}) == {1: 3, 2: 1}
 
 
+# --- giving way --------------------------------------------------------------------------------------------------
+
+
+def shared(commands: list[ev.Command]) -> dict[int, int]:
+    return {command.worker: command.threads for command in commands if isinstance(command, ev.Share)}
+
+
+def test_a_smaller_budget_takes_threads_first_then_workers_then_all() -> None:
+    desk = Desk(frames=100, cores=4)
+    desk.tell(ev.WorkerJoined(1), ev.WorkerJoined(2))
+    desk.find("a", "b", "c")
+    assert desk.book.shares == {1: 2, 2: 2}
+    assert shared(desk.tell(ev.Budget(3, "busy"))) == {2: 1}
+    assert shared(desk.tell(ev.Budget(1, "busy"))) == {1: 1, 2: 0}
+    assert shared(desk.tell(ev.Budget(0, "busy"))) == {1: 0}
+    assert shared(desk.tell(ev.Budget(4))) == {1: 2, 2: 2}
+
+
+def test_what_is_begun_goes_on_first() -> None:
+    """With one core for two workers, the one that packs keeps it until its episode is packed."""
+    desk = Desk(frames=100, cores=2)
+    desk.tell(ev.WorkerJoined(1), ev.WorkerJoined(2))
+    desk.find("a", "b")
+    desk.tell(ev.Budget(0, "busy"))
+    desk.tell(ev.Budget(1, "busy"))
+    assert desk.book.shares == {1: 1, 2: 0}
+    desk.tell(ev.PackBegan("a"))
+    assert shared(desk.tell(ev.Packed("a", manifest_of("a"), False))) == {2: 1}
+
+
+def test_while_paused_nothing_is_given_out_but_what_is_packed() -> None:
+    desk = Desk()
+    desk.tell(ev.WorkerJoined(1))
+    assert assigned(desk.find("b")) == [(1, "b")]
+    desk.ship("b", NETWORK)
+    desk.tell(ev.Budget(0, "busy"))
+    assert assigned(desk.find("a", "b")) == []
+    desk.now += 1.0  # b's retry
+    assert assigned(desk.tell(ev.Tick())) == [(1, "b")]
+    assert kinds(desk.ship("b", shipped(manifest_of("b"))), ev.Retire)
+    assert assigned(desk.tell(ev.Budget(1, "busy"))) == [(1, "a")]
+
+
+def test_an_artifact_that_is_damaged_or_gone_has_to_be_packed_again() -> None:
+    desk = Desk()
+    desk.tell(ev.WorkerJoined(1))
+    desk.find("a")
+    desk.ship("a", NETWORK)
+    assert desk.book.packed == {"a"}
+    desk.now += 1.0
+    desk.tell(ev.Tick())
+    desk.ship("a", DAMAGED)
+    assert desk.book.packed == set()
+    desk.now += 10.0
+    desk.tell(ev.Tick())
+    desk.ship("a", NETWORK)
+    desk.tell(ev.Gone("a"))
+    assert desk.book.packed == set()
+
+
+def test_fewer_cores_than_workers_are_given_to_so_many_workers() -> None:
+    desk = Desk(cores=4)
+    desk.tell(*(ev.WorkerJoined(number) for number in range(1, 5)), ev.Budget(2, "busy"))
+    commands = desk.find(*(f"ep{number:02}" for number in range(20)))
+    assert {worker for worker, _ in assigned(commands)} == {1, 2}
+
+
+def test_draining_gives_way_to_nobody() -> None:
+    desk = Desk(frames=100)
+    desk.tell(ev.WorkerJoined(1))
+    desk.find("a")
+    desk.tell(ev.Budget(0, "busy"))
+    desk.book.draining = True
+    assert shared(desk.tell(ev.WorkerLeaving(1))) == {1: 2}
+
+
+def test_giving_way_is_logged_when_it_begins_pauses_and_ends() -> None:
+    desk = Desk(cores=4)
+    told = [
+        [(one.event, one.fields) for one in desk.tell(ev.Budget(cores, why)) if isinstance(one, ev.Report)]
+        for cores, why in ((3, "busy"), (2, "busier"), (0, "full"), (1, "busier"), (2, "busy"), (4, ""))
+    ]
+    assert told == [
+        [("giving-way", {"cores": 3, "of": 4, "why": "busy"})],
+        [],
+        [("packing-paused", {"cores": 0, "of": 4, "why": "full"})],
+        [("giving-way", {"cores": 1, "of": 4, "why": "busier"})],
+        [],
+        [("no-longer-giving-way", {"cores": 4})],
+    ]
+
+
+def test_a_worker_gets_no_more_threads_than_its_memory_allows() -> None:
+    assert share_cores(16, {1: 1000, 2: 1000}, 3) == {1: 3, 2: 3}
+
+
 # --- a simulated world -------------------------------------------------------------------------------------------
 
 ANSWERS = [FAULT, NETWORK, CONFLICT, REJECTED, DAMAGED, RETRY_AFTER, "shipped", "shipped", "changed"]
@@ -504,7 +600,7 @@ class World(RuleBasedStateMachine):
                         self.assigned(command)
                     case ev.Share():
                         assert command.worker in self.book.workers
-                        assert command.threads >= 1
+                        assert command.threads >= (0 if self.book.restrained else 1)
                     case ev.Retire():
                         answer = self.answers.pop(command.episode)
                         assert answer.outcome is Outcome.SHIPPED
@@ -534,6 +630,8 @@ class World(RuleBasedStateMachine):
         assert holders == [], "an episode is with at most one worker"
         assert command.worker in self.told, "only to a worker that is there"
         assert command.worker not in self.draining
+        if self.book.restrained and not self.book.budget.cores:
+            assert command.episode in self.book.packed
         if self.book.breaker.paused:
             assert self.now >= self.book.breaker.until
             assert self.book.breaker.probe == command.episode
@@ -593,6 +691,11 @@ class World(RuleBasedStateMachine):
     def time_goes_by(self, seconds: float) -> None:
         self.now += seconds
         self.tell(ev.Tick())
+
+    @precondition(lambda self: not self.book.policy.once)
+    @rule(cores=st.integers(0, 4))
+    def give_way(self, cores: int) -> None:
+        self.tell(ev.Budget(min(cores, self.book.policy.cores), "others want it"))
 
     # What workers can do: each step is said, and heard later.
 
@@ -706,7 +809,9 @@ class World(RuleBasedStateMachine):
             for w, t in book.shares.items()
             if any(book.entries[e].state is not State.SHIPPING for e in book.workers[w])
         }
-        assert sum(loads.values()) <= max(book.policy.cores, len(book.workers))
+        most = book.budget.cores if book.restrained else max(book.policy.cores, len(book.workers))
+        assert sum(loads.values()) <= most
+        assert book.packed <= set(book.entries)
         wake = next_wake(book)
         waits = [book.entries[one].not_before for one in book.waiting]
         if waits:
@@ -719,6 +824,7 @@ class World(RuleBasedStateMachine):
             return
         if not self.told or set(self.told) == self.draining:
             self.join()
+        self.tell(ev.Budget(self.book.policy.cores))
         self.look()
         for _ in range(40 * (len(self.disk) + len(self.book.entries) + 5)):
             for worker in list(self.told):

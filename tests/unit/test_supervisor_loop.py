@@ -6,7 +6,8 @@ import pytest
 
 from fastship.lifecycle.events import Quarantine
 from fastship.settings import Settings
-from fastship.supervisor.loop import _remediation_in, policy_of, thread_count, worker_count
+from fastship.supervisor.host import thread_count
+from fastship.supervisor.loop import _remediation_in, policy_of, worker_count
 
 
 def test_the_remediation_of_a_412_is_read_out() -> None:
