@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
-import structlog
 
+from fastship import logs
 from fastship.errors import SettingsError
 from fastship.frames import pool_bytes
 from fastship.lifecycle import GiveWay, Limits
@@ -25,7 +25,7 @@ from fastship.settings import HostSettings, Settings, format_size
 from fastship.status import HostStatus
 from fastship.supervisor.gauge import Gauge, stalled_s
 
-log = structlog.get_logger(__name__)
+log = logs.Logger(__name__)
 
 LOOK_S = 1.0
 WORKER_BYTES = 64 << 20  # of a worker without its frame pool: Python, its modules, buffers of uploads
