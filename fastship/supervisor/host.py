@@ -28,7 +28,7 @@ from fastship.supervisor.gauge import Gauge, stalled_s
 log = logs.Logger(__name__)
 
 LOOK_S = 1.0
-WORKER_BYTES = 48 << 20  # of a worker without its frame pool: measured 34 MiB, with four uploads under way
+WORKER_BYTES = 48 << 20  # of a worker without its frame pool: measured 34 MiB
 
 
 # --- what settings come to on this host --------------------------------------------------------------------------
