@@ -31,7 +31,8 @@ from fastship.upload.verdict import verdict_of_fault, verdict_of_status
 APPEND_S = 0.5
 """An append is as long as the link takes so much time for it: the wait for its answer is then a small part."""
 
-_FIRST_APPEND_BYTES = 256 << 10  # until the rate is known; also lets the connection's window grow
+_FIRST_APPEND_BYTES = 128 << 10  # until the rate is known: 1 s on a line of 1 Mbit/s
+_SETTLED = 1.5  # an append less than so many times as fast as the one before: the connection's window has grown
 _DATA_BYTES = 32 << 20  # and the longest append: the receiver makes so much durable at once
 _LATE_S = 10.0  # an append that takes so much longer than the rest of the time is cut
 _CANCEL_S = 5.0
@@ -88,7 +89,7 @@ class _Line:
     def __init__(self) -> None:
         self.asked = False  # for an upload, which may exist then
         self.place: UploadPlace | None = None
-        self.taken_bytes = 0  # after the first append
+        self.taken_bytes = 0  # since the rate has settled
         self.began = self.ended = 0.0
         self.sent_bytes = 0
 
@@ -194,27 +195,27 @@ class _Probe:
         )
         line.asked = True
         answer = self._read((yield request))
-        line.place = self._place(request, answer, None) if answer else None
+        line.place = self._place(request, answer, 0, None) if answer else None
         line.asked = line.place is not None
-        length = _FIRST_APPEND_BYTES
-        line.began = time.monotonic()
-        while line.place is not None and time.monotonic() < deadline and line.taken_bytes < self._limit_bytes:
+        length, rate = _FIRST_APPEND_BYTES, 0.0
+        while line.place is not None and not (line.taken_bytes and self._is_enough(line, deadline)):
             length = min(length, line.place.append_limit_bytes or length)
             request = _append(line.place, length, self._timeout_s)
             started = time.monotonic()
             answer = self._read((yield request))
-            place = self._place(request, answer, line.place.url) if answer else None
+            place = self._place(request, answer, line.place.offset + length, line.place.url) if answer else None
             if place is None:
                 return
-            took_s = time.monotonic() - started
-            first = line.place.offset == 0
-            line.place = place
-            if first:
-                line.began = time.monotonic()
-            else:
+            line.place, line.ended = place, time.monotonic()
+            before, rate = rate, length / (line.ended - started)
+            if line.taken_bytes or rate < _SETTLED * before or self._is_enough(line, deadline):
+                line.began = line.began or started
                 line.taken_bytes += length
-                line.ended = time.monotonic()
-            length = max(_FIRST_APPEND_BYTES, min(_DATA_BYTES, int(length / took_s * APPEND_S)))
+            length = max(_FIRST_APPEND_BYTES, min(_DATA_BYTES, int(rate * APPEND_S)))
+
+    def _is_enough(self, line: _Line, deadline: float) -> bool:
+        taken = line.place.offset if line.place else 0
+        return time.monotonic() >= deadline or taken >= self._limit_bytes
 
     def _forget(self, url: str) -> _Steps:
         yield Request(method="DELETE", url=url, answer_timeout_s=_CANCEL_S)
@@ -227,8 +228,8 @@ class _Probe:
         self._failed = LinkUnknown(verdict.error)
         return None
 
-    def _place(self, request: Request, answer: Answer, known_url: str | None) -> UploadPlace | None:
-        reading = read_answer(request, answer, self._limit_bytes + _DATA_BYTES, known_url)
+    def _place(self, request: Request, answer: Answer, most_bytes: int, known_url: str | None) -> UploadPlace | None:
+        reading = read_answer(request, answer, most_bytes, known_url)
         if isinstance(reading, UploadPlace):
             return reading
         odd = f"status {answer.status} does not say where the upload stands"
