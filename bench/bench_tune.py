@@ -1,7 +1,8 @@
 """What `fastship tune` predicts, beside what `fastship once` then delivers of the same episodes on the same host.
 
 To nginx, where the cores hold back; and to fastship's own receiver with a bandwidth limit, where the link does.
-Delivered is the command's own figure, without its start. Predicted over delivered is to be within 20 % of 1.
+Delivered is the command's own figure, without its start. Predicted over delivered is to be within 20 % of 1, at scale 1
+and on a quiet machine: at 0.1 a backlog is over before its rate is steady.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from bench.servers import Nginx, Receiver
 pytestmark = pytest.mark.timeout(0)
 
 BANDWIDTH_BYTES_PER_S = 20_000_000
-SECONDS = 20
+SECONDS = 15 if SCALE >= 1 else 8
+SCALES = {"large": max(SCALE, 0.4), "small": 5 * SCALE}  # a GB each at scale 1: seconds of work
 
 
-@pytest.mark.parametrize("to", ["nginx", "limited"])
-@pytest.mark.parametrize("shape", ["large", "small", "tiny"])
+@pytest.mark.parametrize(("shape", "to"), [("large", "nginx"), ("small", "nginx"), ("small", "limited")])
 def test_prediction(
     benchmark: Any, corpus: Corpus, nginx: Nginx, receiver: Receiver, work: Path, fresh: Named, shape: str, to: str
 ) -> None:
-    waiting = backlog.make(work / fresh(shape + to), shape, SCALE, corpus)
+    waiting = backlog.make(work / fresh(shape + to), shape, SCALES[shape], corpus)
     sink: Nginx | Receiver = nginx if to == "nginx" else receiver
     values = ["destination.proof=status"] if to == "nginx" else [f"upload.bandwidth={BANDWIDTH_BYTES_PER_S}"]
     tune = [*FASTSHIP, "tune", "--json", "--quiet", "--from", str(waiting.episodes), "--seconds", str(SECONDS)]
@@ -52,7 +53,7 @@ def test_prediction(
     chosen: list[str] = []
     predictions, delivered = [], []
     drain()  # once unmeasured: bytecode is compiled, the receiver is warm
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS if SCALE >= 1 else 1):
         report = json.loads(measure.run(tune)[1])
         chosen = [
             f"{section}.{key}={value}" for section, keys in report["settings"].items() for key, value in keys.items()
@@ -66,7 +67,7 @@ def test_prediction(
             f"ratio {report['chosen']['ratio']} and {ratio:.3f}, {report['chosen']['bottleneck']}",
         )
         assert abs(report["chosen"]["ratio"] / ratio - 1) < 0.1
-    benchmark.pedantic(drain, rounds=1)
+    benchmark.pedantic(lambda: None, rounds=1)  # what was measured is in its extra_info
     note(
         benchmark,
         predicted_mb_per_s=statistics.median(predictions),

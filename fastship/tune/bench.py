@@ -33,6 +33,9 @@ def run_bench(
     """
     with Survey(settings, sources, size_bytes=size_bytes, seconds=seconds, say=say) as survey:
         level = settings.pack.level
+        if not isinstance(level, int):  # "auto"
+            level = settings.pack.level_min
+            survey.notes.append(f'pack.level is "auto": measured at {level}, as it packs while the cores hold it back')
         reading = survey.read()
         blake3, sha256 = survey.digest(sha256=False), survey.digest(sha256=True)
         alone, _ = survey.compress(level, 1, seconds / 12)

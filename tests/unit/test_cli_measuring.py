@@ -64,7 +64,7 @@ def test_bench_measures_every_part_of_ones_own_episodes_and_leaves_nothing(spool
 
 
 def test_bench_generates_where_there_is_nothing_and_prints_a_table(tmp_path: Path) -> None:
-    ran = run("bench", *QUICK, "--link", "100kbit/s", cwd=tmp_path)
+    ran = run("bench", "--set", "pack.level=3", *QUICK, "--link", "100kbit/s", cwd=tmp_path)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "generated telemetry" in ran.stdout
     assert "predicted: level 3" in ran.stdout
