@@ -11,6 +11,7 @@ import zstandard
 from bench.compare import SCALE, beside, timed
 from bench.corpus import SHAPES, Corpus
 from fastship.frames import FramePool
+from fastship.frames.levels import parameters
 
 pytestmark = pytest.mark.timeout(0)
 
@@ -29,7 +30,7 @@ def frames(corpus: Corpus) -> list[bytes]:
 @pytest.mark.parametrize("level", [3, 6])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_frame_pool(benchmark: Any, frames: list[bytes], level: int, threads: int) -> None:
-    compressor = zstandard.ZstdCompressor(level=level, write_checksum=True)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters(level))
     threaded = zstandard.ZstdCompressor(level=level, threads=threads, write_checksum=True)
     expected = [compressor.compress(frame) for frame in frames]
     whole = b"".join(frames)

@@ -19,6 +19,7 @@ import blake3
 import zstandard
 
 from fastship.frames import ArtifactReader
+from fastship.frames.levels import parameters
 
 _BUFFER_BYTES = 8 << 20
 
@@ -42,7 +43,7 @@ class Floor:
         self._level = level
         self._threads = threads
         self._scratch = scratch
-        self._compressors = [zstandard.ZstdCompressor(level=level, write_checksum=True) for _ in range(threads)]
+        self._compressors = [zstandard.ZstdCompressor(compression_params=parameters(level)) for _ in range(threads)]
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
 
     def cost(self, episodes: Sequence[Path], artifacts: Sequence[Path]) -> FloorCost:

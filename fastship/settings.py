@@ -70,6 +70,7 @@ class PackSettings(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     frame_bytes: Annotated[int, msgspec.Meta(ge=4096, le=1 << 30, extra={"kind": "size"})] = 8 << 20
     threads: Count = 0
     owner: Literal["keep", "zero"] = "keep"
+    page_cache: Literal["as-found", "keep", "drop"] = "as-found"
 
 
 class WorkersSettings(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):

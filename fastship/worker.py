@@ -70,7 +70,10 @@ class Worker:
         self._layout = Layout(Path(settings.spool.root))
         self._outbox = Outbox(self._layout.outbox)
         self._options = PackOptions(
-            level=settings.pack.level, frame_bytes=settings.pack.frame_bytes, owner=settings.pack.owner
+            level=settings.pack.level,
+            frame_bytes=settings.pack.frame_bytes,
+            owner=settings.pack.owner,
+            page_cache=settings.pack.page_cache,
         )
         self._pool = FramePool()
         self._queue: queue.SimpleQueue[ipc.Assignment | None] = queue.SimpleQueue()

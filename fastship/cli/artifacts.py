@@ -68,7 +68,12 @@ def pack(
     from fastship.pack import PackOptions, measure
     from fastship.pack import pack as pack_episode
 
-    options = PackOptions(level=settings.level, frame_bytes=settings.frame_bytes, owner=settings.owner)
+    options = PackOptions(
+        level=settings.level,
+        frame_bytes=settings.frame_bytes,
+        owner=settings.owner,
+        page_cache=settings.page_cache,
+    )
     cores = settings.threads or len(os.sched_getaffinity(0))
     show_progress = not invocation.quiet and sys.stderr.isatty()
     total = measure(episode, _MEASURE_LIMIT_BYTES).bytes if show_progress else 0

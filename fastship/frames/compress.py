@@ -1,7 +1,8 @@
 """The frame pool: fixed pieces of the tar stream in, independent zstd frames out, in order, on T threads.
 
 What always holds:
-- The same bytes come out whatever T is and however it changes: a frame depends on its content and level alone.
+- The same bytes come out whatever T is and however it changes: a frame depends on its content and level alone
+  (``levels``).
 - ``commit`` is called in the thread that fills the frames, in frame order.
 - At most T+2 frames are held: T being compressed, one waiting, one being filled. Buffers are anonymous memory whose
   pages cost nothing until touched, and the one used last is used first: a small episode touches only its own size.
@@ -25,6 +26,7 @@ from typing import Self
 import zstandard
 
 from fastship.frames.index import index_compressor
+from fastship.frames.levels import FASTEST_LEVEL, parameters, worthwhile_level
 from fastship.frames.threads import Outcome, start_thread
 
 Commit = Callable[[bytes, int], None]
@@ -50,12 +52,14 @@ class _Compressors(dict[int, zstandard.ZstdCompressor]):
     """One thread's compressors by level: their tables are costly to make and are not shared."""
 
     def __missing__(self, level: int) -> zstandard.ZstdCompressor:
-        made = zstandard.ZstdCompressor(level=level, write_content_size=True, write_checksum=True)
+        made = zstandard.ZstdCompressor(compression_params=parameters(level))
         self[level] = made
         return made
 
     def run(self, slot: _Slot) -> None:
-        slot.result = self[slot.level].compress(slot.view[: slot.used])
+        frame = slot.view[: slot.used]
+        level = worthwhile_level(slot.level, frame, self[FASTEST_LEVEL])
+        slot.result = self[level].compress(frame)
 
 
 class FramePool:

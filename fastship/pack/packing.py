@@ -22,6 +22,7 @@ from fastship.episode import Manifest, read_code_commit
 from fastship.errors import EpisodeChanged, OutboxFull, PackError
 from fastship.frames import ArtifactWriter, FramePool
 from fastship.pack.headers import BLOCK, END_OF_ARCHIVE
+from fastship.pack.pagecache import Care
 from fastship.pack.stream import Layout, Owner, TarStream
 from fastship.pack.walk import printable, read_fault, walk
 
@@ -35,11 +36,13 @@ class Sink(Protocol):
 
 
 class PackOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How to pack. ``frame_bytes`` is tar stream bytes a frame; ``owner="zero"`` writes uid and gid as 0."""
+    """How to pack. ``frame_bytes`` is tar stream bytes a frame; ``owner="zero"`` writes uid and gid as 0;
+    ``page_cache``: what is left in it of files that were read (`fastship.pack.pagecache`)."""
 
     level: int = 3
     frame_bytes: int = 8 << 20
     owner: Owner = "keep"
+    page_cache: Care = "as-found"
 
 
 class EpisodeSize(msgspec.Struct, frozen=True):
@@ -68,7 +71,7 @@ def pack(
     artifact = _DigestingSink(sink)
     writer = ArtifactWriter(pool, artifact.write, level=options.level, frame_bytes=options.frame_bytes)
     with writer:
-        stream = TarStream(writer, options.owner, progress)
+        stream = TarStream(writer, options.owner, progress, options.page_cache)
         stream.write_episode(episode)
     return Manifest(
         episode=printable(os.fsencode(os.path.basename(os.path.abspath(episode)))),

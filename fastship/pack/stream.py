@@ -22,6 +22,7 @@ import blake3
 
 from fastship.errors import EpisodeChanged, EpisodeUnreadable
 from fastship.frames import ArtifactWriter, Kind
+from fastship.pack import pagecache
 from fastship.pack.headers import BLOCK, END_OF_ARCHIVE, header
 from fastship.pack.walk import Entry, printable, read_fault, same, walk
 
@@ -92,7 +93,13 @@ class Layout:
 class TarStream:
     """Fills the frames of ``writer`` with an episode. ``content_bytes`` is the tar stream's length so far."""
 
-    def __init__(self, writer: ArtifactWriter, owner: Owner, progress: Callable[[int], None] | None) -> None:
+    def __init__(
+        self,
+        writer: ArtifactWriter,
+        owner: Owner,
+        progress: Callable[[int], None] | None,
+        page_cache: pagecache.Care = "keep",
+    ) -> None:
         self._writer = writer
         self._view = writer.buffer
         self._frame_bytes = len(self._view)
@@ -100,6 +107,7 @@ class TarStream:
         self._before = 0  # tar stream bytes in earlier frames
         self._progress = progress
         self._owner: Owner = owner
+        self._page_cache: pagecache.Care = page_cache
         self.digest = blake3.blake3()
         self.layout = Layout(owner)
 
@@ -165,7 +173,8 @@ class TarStream:
         self._writer.index.add(self._before + self._fill, size, int(status[8]), uid, gid, mode, kind, member, link)
 
     def _write_content(self, fd: int, size: int, member: bytes) -> None:
-        done = 0
+        giving_back = pagecache.to_be_given_back(fd, size, self._page_cache)
+        done = given = 0
         while done < size:
             fill = self._fill
             want = min(size - done, self._frame_bytes - fill)
@@ -179,6 +188,11 @@ class TarStream:
             self._fill = fill + got
             if self._fill == self._frame_bytes:
                 self._next_frame()
+                if giving_back:  # while a file of GBs is read, not after
+                    pagecache.give_back(fd, given, done)
+                    given = done
+        if giving_back:
+            pagecache.give_back(fd, 0, 0)
         padding = -size % BLOCK
         if padding:
             self._write(_ZEROS[:padding])

@@ -123,7 +123,7 @@ def test_levels_and_frame_sizes_may_alternate() -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_fault_in_a_compressor_surfaces_and_the_pool_goes_on(threads: int) -> None:
     with FramePool(threads) as pool:
-        with pytest.raises((ValueError, zstandard.ZstdError)):  # there is no such level: the thread itself raises
+        with pytest.raises(ValueError, match="no level 99"):  # the thread itself raises
             run(pool, DATA, level=99)
         assert run(pool, DATA) == EXPECTED
 

@@ -71,7 +71,7 @@ def test_every_profile_loads(name: str) -> None:
 
 def test_a_profile_inherits_and_says_which_values_are_its_own() -> None:
     loaded = load_layers(None, profile="archive")
-    assert loaded.settings.pack.level == 19
+    assert loaded.settings.pack.level == 18
     assert loaded.origins["pack.level"] == "profile archive"
     assert loaded.origins["upload.retries"] == "profile default"
 
@@ -101,7 +101,7 @@ def test_later_layers_win_and_the_origin_follows(tmp_path: Path) -> None:
 
 def test_profile_on_the_command_line_beats_the_files(tmp_path: Path) -> None:
     file = write(tmp_path / "f.toml", 'profile = "throughput"\n')
-    assert Settings.load(file, profile="archive").pack.level == 19
+    assert Settings.load(file, profile="archive").pack.level == 18
 
 
 def test_paths_are_relative_to_the_file_or_to_the_current_directory(
