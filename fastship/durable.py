@@ -12,6 +12,7 @@ Imports only ``errors``; everything above may import it. All calls block on the 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import stat
 from collections.abc import Iterable
@@ -78,7 +79,7 @@ def append_lines(path: Path, lines: Iterable[bytes]) -> None:
     sync_directory(path.parent)
 
 
-def rename_directory(source: Path, target: Path) -> None:
+def rename_directory(source: Path | str, target: Path | str) -> None:
     """``rename(2)`` of a directory into another one, also where it is read-only (mode 0555) and ours.
 
     The kernel wants to write its ``..`` and refuses that to all but root; so the mode is widened for the moment.
@@ -141,6 +142,7 @@ def remove_temporaries(directory: Path) -> None:
                 unlink_if_present(entry.path)
 
 
+@functools.cache
 def boot_id() -> str:
     """The kernel's id of this boot (``random(4)``), or ``""`` where there is none.
 

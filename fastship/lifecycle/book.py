@@ -85,8 +85,37 @@ class Breaker(msgspec.Struct, kw_only=True):
     reason: str = ""
 
 
-QUEUE_DEPTH = 4
-"""Small episodes given to a worker ahead, so that it never waits for the supervisor between two of them."""
+class Load:
+    """What one worker has, counted."""
+
+    __slots__ = ("frames", "packing", "shipping", "small", "suspect", "worker")
+
+    def __init__(self, worker: int) -> None:
+        self.worker = worker
+        self.frames = 0  # still to pack
+        self.packing = 0  # episodes, those in line included
+        self.shipping = 0
+        self.small = True  # every one to pack has one frame
+        self.suspect = False  # a worker died at one of them
+
+    def add(self, entry: Entry) -> None:
+        if entry.kills:
+            self.suspect = True
+        if entry.state is State.SHIPPING:
+            self.shipping += 1
+        else:
+            frames = entry.frames or 1
+            self.packing += 1
+            self.frames += frames
+            if frames > 1:
+                self.small = False
+
+
+QUEUE_DEPTH = 16
+"""Small episodes given to a worker ahead, so that it never waits for the supervisor between two of them: tiny ones are
+packed in about 10 ms."""
+
+MEASURE_AHEAD = 8  # episodes measured at once when the next one has no size yet
 
 
 class Book:
@@ -101,6 +130,7 @@ class Book:
         self.packed: set[str] = set()  # those whose artifact, made since the start, is in the outbox
         self.alarms: list[tuple[float, str]] = []  # a heap of (not_before, episode): theirs, and some of the past
         self.workers: dict[int, set[str]] = {}  # what each has
+        self.loads: dict[int, Load] = {}  # the same, counted when it is asked for; forgotten when it changes
         self.leaving: set[int] = set()  # workers that drain
         self.shares: dict[int, int] = {}
         self.breaker = Breaker()
@@ -135,6 +165,8 @@ class Book:
     def move(self, entry: Entry, state: State) -> None:
         """Change an entry's state; an illegal change is our bug."""
         assert state in TRANSITIONS[entry.state], f"{entry.episode}: {entry.state} -> {state}"
+        if entry.worker is not None:
+            self.loads.pop(entry.worker, None)
         if entry.state in CLAIMED and state not in CLAIMED and entry.worker is not None:
             self.workers.get(entry.worker, set()).discard(entry.episode)
             entry.worker = None
@@ -153,8 +185,11 @@ class Book:
             del self.entries[entry.episode]
 
 
-def decide(book: Book, event: Event, now: float) -> list[Command]:
-    """What to do about ``event``. ``now``: seconds of a monotonic clock."""
+def decide(book: Book, event: Event, now: float, *, more: bool = False) -> list[Command]:
+    """What to do about ``event``. ``now``: seconds of a monotonic clock.
+
+    ``more``: another event follows at once, and what can be given out is decided with that.
+    """
     commands: list[Command] = []
     match event:
         case Found():
@@ -187,6 +222,8 @@ def decide(book: Book, event: Event, now: float) -> list[Command]:
             _budget(book, event, commands)
         case Tick():
             pass
+    if more:
+        return commands
     _wake(book, now)
     _assign(book, now, commands)
     _share(book, commands)
@@ -232,6 +269,7 @@ def _measured(book: Book, event: Measured) -> None:
 
 def _left(book: Book, event: WorkerLeft, commands: list[Command]) -> None:
     had = [book.entries[episode] for episode in book.workers.pop(event.worker, set())]
+    book.loads.pop(event.worker, None)
     book.shares.pop(event.worker, None)
     book.leaving.discard(event.worker)
     at = [entry for entry in had if entry.state in (State.PACKING, State.SHIPPING)]
@@ -413,7 +451,10 @@ def next_wake(book: Book) -> float | None:
 def _assign(book: Book, now: float, commands: list[Command]) -> None:
     """Give ready episodes, in order, to the workers with the least to do, until nobody has room."""
     breaker = book.breaker
-    while book.ready and not book.draining:
+    if not book.ready or book.draining:
+        return
+    loads = {worker: _load(book, worker) for worker in book.workers if worker not in book.leaving}
+    while book.ready:
         if breaker.paused and (breaker.probe is not None or now < breaker.until or book.policy.once):
             return
         entry = _next(book)
@@ -421,17 +462,21 @@ def _assign(book: Book, now: float, commands: list[Command]) -> None:
             return
         if entry.frames is None:
             # Only when somebody could take it: its size is not asked for long before it matters.
-            if any(_has_room(book, worker, None) for worker in book.workers):
-                commands.append(Measure(entry.episode))
+            if any(_has_room(book, load, None) for load in loads.values()):
+                ahead = (
+                    book.ready[:MEASURE_AHEAD] if entry.episode == book.ready[0][1] else [(entry.key, entry.episode)]
+                )
+                commands.extend(Measure(episode) for _, episode in ahead if book.entries[episode].frames is None)
             return
-        free = [worker for worker in book.workers if _has_room(book, worker, entry)]
+        free = [worker for worker, load in loads.items() if _has_room(book, load, entry)]
         if not free:
             return
-        worker = min(free, key=lambda number: (_load(book, number), number))
+        worker = min(free, key=lambda number: (loads[number].frames, number))
         book.move(entry, State.QUEUED)
         entry.worker = worker
         entry.claimed_at = now
         book.workers[worker].add(entry.episode)
+        loads[worker].add(entry)
         if breaker.paused:
             breaker.probe = entry.episode
         commands.append(Assign(worker, entry.episode, first_attempt=entry.attempts == 0 and entry.kills == 0))
@@ -446,35 +491,34 @@ def _next(book: Book) -> Entry | None:
     return min(ready, key=lambda entry: (entry.key, entry.episode), default=None)
 
 
-def _load(book: Book, worker: int) -> int:
-    """Frames that a worker still has to pack."""
-    entries = (book.entries[episode] for episode in book.workers[worker])
-    return sum(entry.frames or 1 for entry in entries if entry.state in (State.QUEUED, State.PACKING))
+def _load(book: Book, worker: int) -> Load:
+    load = book.loads.get(worker)
+    if load is None:
+        load = book.loads[worker] = Load(worker)
+        for episode in book.workers[worker]:
+            load.add(book.entries[episode])
+    return load
 
 
-def _has_room(book: Book, worker: int, entry: Entry | None) -> bool:
-    """Whether ``worker`` may be given ``entry`` (None: any at all) now.
+def _has_room(book: Book, load: Load, entry: Entry | None) -> bool:
+    """Whether the worker of ``load`` may be given ``entry`` (None: any at all) now.
 
     A large episode goes to a worker with nothing to pack; small ones may queue. A suspect (a worker died at it)
     is packed and shipped alone, so that a second death convicts nobody else. What ships bounds what is packed:
     the outbox does not grow faster than the link takes it.
     """
-    mine = [book.entries[episode] for episode in book.workers[worker]]
-    if worker in book.leaving:
+    if load.suspect or (entry is not None and entry.kills and (load.packing or load.shipping)):
         return False
-    if any(other.kills for other in mine) or (entry is not None and entry.kills and mine):
+    if load.shipping >= book.policy.in_flight:
         return False
-    if sum(1 for other in mine if other.state is State.SHIPPING) >= book.policy.in_flight:
-        return False
-    packing = [other for other in mine if other.state in (State.QUEUED, State.PACKING)]
-    if not packing:
+    if not load.packing:
         if not book.restrained or (entry is not None and entry.episode in book.packed):
             return True
-        return sum(1 for other in book.workers if _load(book, other)) < book.budget.cores
-    if book.restrained and not book.shares.get(worker):
+        return sum(1 for other in book.workers if _load(book, other).frames) < book.budget.cores
+    if book.restrained and not book.shares.get(load.worker):
         return False
-    small = all((other.frames or 1) == 1 for other in packing) and (entry is None or entry.frames == 1)
-    return small and len(packing) < QUEUE_DEPTH and len(book.workers) * len(packing) <= len(book.ready)
+    small = load.small and (entry is None or entry.frames == 1)
+    return small and load.packing < QUEUE_DEPTH and len(book.workers) * load.packing <= len(book.ready)
 
 
 def share_cores(cores: int, frames: Mapping[int, int], most_threads: int = 1 << 20) -> dict[int, int]:
@@ -493,7 +537,7 @@ def share_cores(cores: int, frames: Mapping[int, int], most_threads: int = 1 << 
 
 
 def _share(book: Book, commands: list[Command]) -> None:
-    loads = {worker: _load(book, worker) for worker in book.workers}
+    loads = {worker: _load(book, worker).frames for worker in book.workers}
     frames = {worker: load for worker, load in loads.items() if load}
     cores = book.policy.cores
     paused: dict[int, int] = {}

@@ -32,6 +32,10 @@ class Outbox:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._prefix = os.path.join(directory, "")  # strings: for a tiny episode paths made by pathlib are a cost
+
+    def _path(self, episode: str, suffix: str) -> str:
+        return f"{self._prefix}{episode}{suffix}"
 
     def artifact(self, episode: str) -> Path:
         return self.directory / (episode + ARTIFACT_SUFFIX)
@@ -44,26 +48,37 @@ class Outbox:
 
     def begin(self, episode: str) -> io.FileIO:
         """A new, empty partial, unbuffered; an older one is removed first. Raises ``OSError``."""
-        durable.unlink_if_present(self.partial(episode))
-        fd = os.open(self.partial(episode), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        path = self._path(episode, PARTIAL_SUFFIX)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            fd = os.open(path, flags, 0o644)
+        except FileExistsError:
+            os.unlink(path)
+            fd = os.open(path, flags, 0o644)
         return io.FileIO(fd, "wb")
 
     def commit(self, manifest: Manifest) -> Path:
         """Give the finished partial its name. A crash in between leaves a partial, and a manifest nobody reads.
 
-        An older artifact goes first: beside the new manifest it would be believed if it had the same size.
+        An older artifact goes first: beside the new manifest it would be believed if it had the same size. So the
+        manifest is written in place, without a temporary file: while it is not whole there is no artifact.
         """
-        durable.unlink_if_present(self.artifact(manifest.episode))
-        durable.write_file(self.manifest(manifest.episode), msgspec.json.encode(manifest), sync=False)
-        artifact = self.artifact(manifest.episode)
-        os.rename(self.partial(manifest.episode), artifact)
-        return artifact
+        artifact = self._path(manifest.episode, ARTIFACT_SUFFIX)
+        durable.unlink_if_present(artifact)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(self._path(manifest.episode, MANIFEST_SUFFIX), flags, 0o644)
+        try:
+            durable.write_all(fd, msgspec.json.encode(manifest))
+        finally:
+            os.close(fd)
+        os.rename(self._path(manifest.episode, PARTIAL_SUFFIX), artifact)
+        return Path(artifact)
 
     def peek(self, episode: str) -> Manifest | None:
         """The manifest of an artifact that is there with the right size, else None."""
         try:
+            size = os.stat(self._path(episode, ARTIFACT_SUFFIX)).st_size
             manifest = msgspec.json.decode(self.manifest(episode).read_bytes(), type=Manifest)
-            size = self.artifact(episode).stat().st_size
         except (OSError, msgspec.MsgspecError):
             return None
         return manifest if manifest.episode == episode and manifest.artifact_bytes == size else None
@@ -77,8 +92,8 @@ class Outbox:
 
     def remove(self, episode: str) -> None:
         """Remove all files of an episode, the artifact first: a manifest alone means nothing. May be repeated."""
-        for path in (self.artifact(episode), self.partial(episode), self.manifest(episode)):
-            durable.unlink_if_present(path)
+        for suffix in (ARTIFACT_SUFFIX, PARTIAL_SUFFIX, MANIFEST_SUFFIX):
+            durable.unlink_if_present(self._path(episode, suffix))
 
     def episodes(self) -> set[str]:
         """The ids that have any file here."""

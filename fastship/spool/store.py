@@ -190,9 +190,13 @@ class Spool:
         )
         durable.append_lines(journal, lines)
         failed: dict[str, OSError] = {}
+        episodes, shipped = os.path.join(self.paths.episodes, ""), os.path.join(self.paths.shipped, "")
         for episode, _, _ in batch:
             try:
-                durable.rename_directory(self.paths.episodes / episode, _free(self.paths.shipped, episode))
+                target = shipped + episode
+                if os.path.lexists(target):
+                    target = os.fspath(_free(self.paths.shipped, episode))
+                durable.rename_directory(episodes + episode, target)
             except OSError as error:
                 failed[episode] = error
         durable.sync_directory(self.paths.shipped)

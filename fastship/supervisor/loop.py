@@ -39,6 +39,7 @@ LOCK_WAIT_S = 5.0  # the workers of a supervisor that was killed need a moment t
 RETIRE_SPACING = 4.0  # times what the last group commit took: a fifth of the time goes into them at most
 REPORT_S = 1.0
 OBSERVE_S = 0.25
+GATHER_S = 0.003  # between two readings of what the workers say; they have work for longer than that (QUEUE_DEPTH)
 
 
 class Supervisor:
@@ -72,6 +73,7 @@ class Supervisor:
         self._deciding = False
         self._stopping = False
         self._hiring = False
+        self._heard_at = 0.0  # when workers' messages were last read
         self._next_report = self._next_observe = self._retire_at = 0.0
         self._patrol = Patrol(
             settings, self._spool, self._book, self._selector, feed=self._feed, settle=self._flush_retirements
@@ -178,7 +180,12 @@ class Supervisor:
 
     def _receive(self, timeout_s: float) -> None:
         self._crew.flush()
-        for key, _ in self._selector.select(timeout_s):
+        readable = self._selector.select(timeout_s)
+        # When small episodes come in their hundreds, to be woken by each costs more than what there is to do.
+        pause_s = self._heard_at + GATHER_S - time.monotonic()
+        if pause_s > 0:
+            time.sleep(pause_s)
+        for key, _ in readable:
             source = key.data
             if isinstance(source, Hand):
                 self._hear_all(source)
@@ -188,28 +195,33 @@ class Supervisor:
     def _hear_all(self, hand: Hand) -> None:
         for message in hand.messages():
             self._heard(hand, message)
+        self._decide_all()
+        self._heard_at = time.monotonic()
 
     def _heard(self, hand: Hand, message: ipc.FromWorker) -> None:
         match message:
             case ipc.Ready():
                 hand.ready = True
-                self._feed(ev.WorkerJoined(hand.number))
+                self._events.append(ev.WorkerJoined(hand.number))
             case ipc.Beat():
                 hand.under_way = message.under_way
             case ev.Answered():
                 self._tally.answered(self._book, message)
-                self._feed(message)
+                self._events.append(message)
             case ev.PackFailed():
                 self._tally.pack_failed(self._book, message.episode, message.error)
-                self._feed(message)
+                self._events.append(message)
             case _:
-                self._feed(message)
+                self._events.append(message)
 
     # --- decide, execute -------------------------------------------------------------------------------------
 
     def _feed(self, event: ev.Event) -> None:
         """Tell the book and carry out what it says. Events that come of that wait for their turn."""
         self._events.append(event)
+        self._decide_all()
+
+    def _decide_all(self) -> None:
         if self._deciding:
             return
         self._deciding = True
@@ -221,7 +233,7 @@ class Supervisor:
         self._share_bandwidth()
 
     def _decide(self, event: ev.Event) -> None:
-        for command in decide(self._book, event, time.monotonic()):
+        for command in decide(self._book, event, time.monotonic(), more=bool(self._events)):
             try:
                 self._execute(command)
             except OSError as error:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import array
 import contextlib
 import fcntl
+import functools
 import ipaddress
 import os
 import re
@@ -312,7 +313,7 @@ class _Transfer:
         set_option(pycurl.USERAGENT, agent)
         set_option(pycurl.HEADERFUNCTION, self._on_field)
         set_option(pycurl.WRITEFUNCTION, self._on_body)
-        if _is_this_machine(self._request.url):
+        if _is_this_machine(destination.url):
             set_option(pycurl.NOPROXY, "*")
         if self._request.url[:6].lower() == "https:":
             self._configure_tls(destination)
@@ -469,6 +470,7 @@ class _Transfer:
         return Fault(_kind(code, message), f"{message or 'no reason given'} (curl {code})")
 
 
+@functools.lru_cache(maxsize=8)
 def _is_this_machine(url: str) -> bool:
     try:
         host = urlsplit(url).hostname or ""

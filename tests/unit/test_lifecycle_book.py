@@ -14,7 +14,7 @@ from sample import manifest_of, shipped, verdict
 from fastship.episode import Outcome, Scope, Verdict
 from fastship.lifecycle import CLAIMED, Book, Policy, State, decide, next_wake, share_cores
 from fastship.lifecycle import events as ev
-from fastship.lifecycle.book import CHANGES_BEFORE_HOLD, QUEUE_DEPTH
+from fastship.lifecycle.book import CHANGES_BEFORE_HOLD, MEASURE_AHEAD, QUEUE_DEPTH
 
 FAULT = verdict(Outcome.TRANSIENT, Scope.DESTINATION, status=401)
 NETWORK = verdict(Outcome.TRANSIENT, Scope.NETWORK)
@@ -85,6 +85,25 @@ def test_episodes_are_given_out_in_order_and_evenly() -> None:
     assert desk.state("a") is State.QUEUED
 
 
+def test_nothing_is_given_out_while_more_is_to_be_told() -> None:
+    """A batch of messages: what a worker may be given is decided once, with the last of them."""
+    desk = Desk()
+    desk.tell(ev.WorkerJoined(1))
+    assert decide(desk.book, ev.Found([("a", "a"), ("b", "b")]), desk.now, more=True) == []
+    assert assigned(desk.tell(ev.Tick())) == [(1, "a"), (1, "b")]
+
+
+def test_the_next_episodes_are_measured_together() -> None:
+    book = Book(policy())
+    names = [f"ep{number:03}" for number in range(3 * MEASURE_AHEAD)]
+    decide(book, ev.WorkerJoined(1), 1.0)
+    commands = decide(book, ev.Found([(name, name) for name in names]), 1.0)
+    assert commands == [ev.Measure(name) for name in names[:MEASURE_AHEAD]]
+    decide(book, ev.Measured(names[1], 1), 1.0)  # in whatever order the answers come
+    commands = decide(book, ev.Measured(names[0], 1), 1.0)
+    assert assigned(commands) == [(1, names[0]), (1, names[1])]
+
+
 def test_shipped_is_retired_with_its_receipt() -> None:
     desk = Desk()
     desk.tell(ev.WorkerJoined(1))
@@ -131,10 +150,9 @@ def test_a_rotated_token_quarantines_nothing_and_all_goes_on_when_it_is_well(sta
     desk.tell(ev.WorkerJoined(1))
     names = [f"ep{number}" for number in range(9)]
     desk.find(*names)
-    under_way = [name for name in names if desk.state(name) in CLAIMED]
     commands: list[ev.Command] = []
-    for name in under_way:
-        commands += desk.ship(name, verdict(Outcome.TRANSIENT, Scope.DESTINATION, status=status))
+    while under_way := [name for name in names if desk.state(name) in CLAIMED]:
+        commands += desk.ship(under_way[0], verdict(Outcome.TRANSIENT, Scope.DESTINATION, status=status))
     assert kinds(commands, ev.Quarantine, ev.Hold, ev.Retire) == []
     assert len([one for one in kinds(commands, ev.Report) if getattr(one, "event", "") == "destination-paused"]) == 1
     assert desk.book.count(*CLAIMED) == 0
@@ -331,7 +349,7 @@ def test_a_single_pass_ends_where_the_destination_is_paused() -> None:
 def test_large_episodes_are_not_queued_and_small_ones_are() -> None:
     desk = Desk(frames=1)
     desk.tell(ev.WorkerJoined(1))
-    assert len(assigned(desk.find(*"abcdefghij"))) == QUEUE_DEPTH
+    assert len(assigned(desk.find(*(f"ep{number}" for number in range(3 * QUEUE_DEPTH))))) == QUEUE_DEPTH
     desk = Desk(frames=9)
     desk.tell(ev.WorkerJoined(1))
     assert len(assigned(desk.find(*"abcdefghij"))) == 1
