@@ -56,7 +56,7 @@ class Survey:
         self.settings = settings
         self.options = PackOptions(frame_bytes=settings.pack.frame_bytes, owner=settings.pack.owner)
         self.cores = len(os.sched_getaffinity(0))
-        self.threads = settings.pack.threads or self.cores
+        self.threads = settings.pack.threads or max(1, self.cores - settings.host.reserved_cores)
         self.notes: list[str] = []
         self.seconds = seconds
         self._sources = sources
