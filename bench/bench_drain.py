@@ -1,7 +1,8 @@
 """Draining: a backlog from its markers to retired, by ``fastship once``, to nginx and to fastship's own receiver.
 
 Beside the plainest shell loop (`tar | zstd -T0 -3 | curl -T -`) to the same sink, and for packing the floor's CPU. The
-command is measured whole, its start and its workers' included; ``seconds`` is its own word, without the start.
+command is measured whole, its start and its workers' included; ``seconds`` is its own word, without the start, and
+``episodes_per_s`` goes by it. ``an_episode`` has the rate and the CPU of the whole command, beside the loop's.
 """
 
 from __future__ import annotations
@@ -55,10 +56,17 @@ def test_drain(
     reports.clear()
     compared = beside(benchmark, drain, references, raw_bytes=waiting.raw_bytes)
     seconds = sorted(one["seconds"] for one in reports)[len(reports) // 2]
+    count = waiting.episode_count
+    pieces = {
+        name: {"episodes_per_s": round(count / cost.wall_s, 1), "cpu_ms": round(1e3 * cost.cpu_s / count, 3)}
+        for name, costs in {"fastship": compared.actual, **compared.references}.items()
+        for cost in [measure.median(costs)]
+    }
     note(
         benchmark,
         ratio=reports[-1]["bytes_in"] / reports[-1]["bytes_out"],
-        episodes_per_s=waiting.episode_count / seconds,
+        episodes_per_s=count / seconds,
         start_and_end_s=measure.median(compared.actual).wall_s - seconds,
+        an_episode=pieces,
     )
-    print({name: benchmark.extra_info[name] for name in ("ratio", "episodes_per_s", "start_and_end_s")})
+    print({name: benchmark.extra_info[name] for name in ("ratio", "episodes_per_s", "start_and_end_s", "an_episode")})
