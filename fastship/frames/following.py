@@ -39,14 +39,13 @@ class _GivenUp(Exception):
 
 
 class Following:
-    """Of the file ``fd``, of which `advance` says how much there is. A thread begins with the first `START_BYTES`.
+    """Of a file of which `advance` says how much there is. A thread begins with the first `START_BYTES`.
 
     ``place`` is asked then whether there is room for one more; it gives what is called when the thread ends, or None.
-    `advance` and `abandon` do not block and raise nothing.
+    `advance` and `abandon` do not block.
     """
 
-    def __init__(self, fd: int, *, threads: int, place: Callable[[], Callable[[], None] | None]) -> None:
-        self._fd = fd
+    def __init__(self, *, threads: int, place: Callable[[], Callable[[], None] | None]) -> None:
         self._threads = threads
         self._place = place
         self._changed = threading.Condition()
@@ -56,12 +55,13 @@ class Following:
         self._started = self._ended = self._abandoned = False
         self._found: VerifiedContent | None = None
 
-    def advance(self, end: int) -> None:
-        """The file's first ``end`` bytes are there and do not change any more."""
+    def advance(self, fd: int, end: int) -> None:
+        """The first ``end`` bytes of the file ``fd`` are there and do not change any more. It is always the same file,
+        but may be another descriptor of it each time; none is used when the call is over."""
         if not self._started:
             if end < START_BYTES:
                 return
-            self._start()
+            self._start(fd)
         with self._changed:
             self._available = end
             if end >= self._wanted:
@@ -96,13 +96,13 @@ class Following:
             self._abandoned = True
             self._changed.notify_all()
 
-    def _start(self) -> None:
+    def _start(self, of: int) -> None:
         self._started = True
         release = self._place()
         if release is None:
             self._ended = True
             return
-        fd = os.dup(self._fd)
+        fd = os.dup(of)
 
         def run() -> None:
             found = None

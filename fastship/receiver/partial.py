@@ -41,6 +41,13 @@ def sync_data(fd: int) -> None:
         raise Unsynced(error.errno, error.strerror) from error
 
 
+def begin_writeback(fd: int) -> None:
+    """Let the kernel begin to write a file's pages, so that a later sync finds little to do. Promises nothing."""
+    with contextlib.suppress(OSError):
+        # This advice drops only clean pages and sends dirty ones on their way (posix_fadvise(2), Linux).
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 class Mark:
     """Where a partial stood: `Partial.cut_back` returns to it."""
 
@@ -146,7 +153,13 @@ class Partial:
 
     def _follow(self) -> None:
         if self.following is not None:
-            self.following.advance(self.offset)
+            self.following.advance(self.fd, self.offset)
+
+    def drop(self) -> None:
+        """Remove the file and close it."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+        self.close()
 
     def close(self) -> None:
         """May be repeated."""

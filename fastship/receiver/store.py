@@ -36,7 +36,7 @@ from fastship.frames import Following, verify_content
 from fastship.receiver import answers
 from fastship.receiver.answers import Answer
 from fastship.receiver.decisions import Declared, compare
-from fastship.receiver.partial import Partial, Unsynced
+from fastship.receiver.partial import Partial, Unsynced, begin_writeback
 from fastship.receiver.uploads import Uploads
 from fastship.settings import ReceiverSettings
 
@@ -51,6 +51,38 @@ class DigestMismatch(Exception):
 
 class ContentMismatch(Exception):
     """The tar stream is not what the content digest or length says."""
+
+
+class Prepared:
+    """A verified artifact and its receipt, on the way to their names. Raises ``OSError``."""
+
+    named = False
+
+    def __init__(self, partial: Partial, declared: Declared, receipt: Receipt, waiting: Path) -> None:
+        self.partial = partial
+        self.declared = declared
+        self.receipt = receipt
+        self.waiting = waiting
+        # Nobody reads it before the artifact has its name, and it is synced before that.
+        self.receipt_fd = os.open(waiting, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            durable.write_all(self.receipt_fd, _encode(receipt))
+        except BaseException:
+            self.close(keep_partial=True)
+            raise
+
+    def forget_receipt(self) -> None:
+        durable.unlink_if_present(self.waiting)
+
+    def close(self, *, keep_partial: bool = False) -> None:
+        """What got no name leaves no receipt and, unless it is kept for another try, no partial."""
+        os.close(self.receipt_fd)
+        if not self.named:
+            self.forget_receipt()
+        if not keep_partial:
+            if not self.named:
+                durable.unlink_if_present(self.partial.path)
+            self.partial.close()
 
 
 class Store:
@@ -129,6 +161,24 @@ class Store:
         `ContentMismatch`, `ArtifactError` (it is no artifact), ``InterruptedError`` after `stop`, any other ``OSError``
         (abandon the partial).
         """
+        prepared = self.prepare(partial, declared)
+        if isinstance(prepared, Answer):
+            return prepared
+        try:
+            self.sync(prepared)
+            first = self.name(prepared)
+            if first is not None:
+                return first
+            self.sync_names()
+            self.settle(prepared)
+            return True, prepared.receipt
+        finally:
+            prepared.close(keep_partial=True)
+
+    # The steps of `publish`, for who takes them with several artifacts at once. Each raises what `publish` does.
+
+    def prepare(self, partial: Partial, declared: Declared) -> Prepared | Answer:
+        """Verify the artifact and write its receipt where it waits. `Prepared.close` is the caller's to call."""
         sha256 = partial.digest()
         if declared.sha256 is not None and sha256 != declared.sha256:
             raise DigestMismatch(f"the {partial.offset} bytes received have SHA-256 {sha256}, not {declared.sha256}")
@@ -147,27 +197,47 @@ class Store:
         first = self._already(sha256, declared, content)
         if first is not None:
             return first
-        try:
-            os.fsync(partial.fd)
-        except OSError as error:
-            raise Unsynced(error.errno, error.strerror) from error
         receipt = self._make_receipt(declared.episode, sha256, partial.offset, content)
         waiting = self._waiting_receipt(declared.episode, os.fstat(partial.fd).st_ino)
-        # Its bytes are synced, its name is not: that costs a disk's commit more, and a receipt whose name was lost
-        # is made again by reading.
-        durable.write_file(waiting, _encode(receipt), sync=False)
-        _sync_file(waiting)
+        return Prepared(partial, declared, receipt, waiting)
+
+    def begin_sync(self, prepared: Prepared) -> None:
+        """Let the disk begin, so that of several `sync` the first waits for all."""
+        for fd in (prepared.partial.fd, prepared.receipt_fd):
+            begin_writeback(fd)
+
+    def sync(self, prepared: Prepared) -> None:
+        """The artifact's bytes and the receipt's are synced; the receipt's name is not: that would cost a disk's commit
+        more, and a receipt whose name was lost is made again by reading."""
+        try:
+            os.fsync(prepared.partial.fd)
+        except OSError as error:
+            raise Unsynced(error.errno, error.strerror) from error
+        os.fsync(prepared.receipt_fd)
+
+    def name(self, prepared: Prepared) -> Answer | None:
+        """Give it its name; the 200 or 409 when another artifact has it."""
+        declared = prepared.declared
         self._drop_receipt_without_artifact(declared.episode)
         try:
-            durable.publish(partial.path, self.artifact_path(declared.episode))
+            os.link(prepared.partial.path, self.artifact_path(declared.episode))
         except FileExistsError:
-            durable.unlink_if_present(waiting)
-            first = self._already(sha256, declared, content)
+            prepared.forget_receipt()
+            first = self._already(prepared.receipt.artifact.sha256, declared, prepared.receipt.content)
             assert first is not None, "a name that was there has gone: somebody works in episodes/ by hand"
             return first
+        prepared.named = True
+        return None
+
+    def sync_names(self) -> None:
+        """All that `name` gave so far survives a power loss."""
+        durable.sync_directory(self._episodes)
+
+    def settle(self, prepared: Prepared) -> None:
+        """The receipt gets its place; the name that the artifact was received under goes."""
+        durable.unlink_if_present(prepared.partial.path)
         with contextlib.suppress(FileNotFoundError):  # somebody who asked in between did it for us
-            os.rename(waiting, self._receipt_path(declared.episode))
-        return True, receipt
+            os.rename(prepared.waiting, self._receipt_path(prepared.declared.episode))
 
     def _already(self, sha256: str, declared: Declared, content: ReceivedContent | None = None) -> Answer | None:
         stored = self.receipt(declared.episode)
@@ -180,13 +250,12 @@ class Store:
             return known if sha256 == stored.artifact.sha256 or not undecided else None
         return compare(sha256, content.blake3, stored)
 
-    def _follow(self, fd: int) -> Following | None:
+    def _follow(self) -> Following | None:
         """What verifies a new partial while it comes. Takes none of the threads' time before there is much of it."""
         if self._verify != "content":
             return None
         followings = self._followings
         return Following(
-            fd,
             threads=self._threads,
             place=lambda: followings.release if followings.acquire(blocking=False) else None,
         )
@@ -256,14 +325,6 @@ class Store:
 
     def _waiting_receipt(self, episode: str, inode: int) -> Path:
         return self._uploads / f"{episode}.{inode}.receipt"
-
-
-def _sync_file(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _encode(receipt: Receipt) -> bytes:

@@ -116,7 +116,7 @@ class Uploads:
         directory: Path,
         secret: bytes,
         max_age_s: float,
-        follow: Callable[[int], Following | None] = lambda _fd: None,
+        follow: Callable[[], Following | None] = lambda: None,
     ) -> None:
         self._follow = follow
         self._directory = directory
@@ -139,7 +139,7 @@ class Uploads:
         path = self._directory / f"one-{secrets.token_hex(16)}.part"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         fcntl.flock(fd, fcntl.LOCK_EX)
-        return Partial(path, fd, following=self._follow(fd))
+        return Partial(path, fd, following=self._follow())
 
     def create(self, declared: Declared, *, wait_s: float = WAIT_S) -> Upload:
         """Find the upload of this artifact or begin one, and take it over. Idempotent.
@@ -370,7 +370,7 @@ class Uploads:
             fd,
             offset=before.synced,
             running=running.digest if running else None,
-            following=running.following if running else self._follow(fd) if before.synced == 0 else None,
+            following=running.following if running else self._follow() if before.synced == 0 else None,
             guard=lambda: _own(lock, generation),
             synced=lambda offset: _note(lock, generation, offset),
             unsynced=lambda: self._abandon(token, lock, generation),

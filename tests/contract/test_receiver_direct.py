@@ -11,8 +11,10 @@ import socket
 import threading
 import time
 
+import blake3
 import psutil
 import pytest
+import zstandard
 from receiver_process import WAIT_S, Server, Start, check_stored, make_artifact, sha256_field, wait_for
 
 DATA = random.Random(1).randbytes(24_000_000)
@@ -122,6 +124,24 @@ def test_more_bodies_than_threads_are_all_taken(server: Server) -> None:
     assert statuses == [201] * 12
     process = psutil.Process(server.process.pid)
     wait_for(lambda: sum(connection.status == "ESTABLISHED" for connection in process.net_connections()) == 0)
+
+
+def test_an_upload_that_grows_over_many_requests_is_verified(start: Start) -> None:
+    """Each request has its own descriptor of the upload; between two of them another upload may get its number."""
+    data = {episode: make_artifact(episode, 9_000_000) for episode in ("grows", "other")}
+    server = start()
+    locations = {episode: server.create(episode, body).headers["location"] for episode, body in data.items()}
+    for at in range(0, 9_000_000, 1_500_000):
+        for episode, body in data.items():
+            end = at + 1_500_000
+            last = end >= 9_000_000
+            reply = server.append(locations[episode], body[at : None if last else end], at, last=last)
+            assert reply.status == (201 if last else 204)
+    for episode, body in data.items():
+        check_stored(server, episode, body)
+        content = zstandard.ZstdDecompressor().decompress(body)
+        receipt = server.request("GET", f"/v1/receipts/{episode}").json()
+        assert receipt["content"]["blake3"] == blake3.blake3(content).hexdigest()
 
 
 def test_contents_are_verified_whatever_way_they_came(start: Start) -> None:

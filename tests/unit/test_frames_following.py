@@ -48,12 +48,12 @@ def fd(tmp_path: Path) -> Iterator[int]:
 
 def follow(fd: int, pieces: list[bytes], threads: int = 1) -> Following:
     ended = threading.Event()
-    followed = Following(fd, threads=threads, place=lambda: ended.set)
+    followed = Following(threads=threads, place=lambda: ended.set)
     end = 0
     for piece in pieces:
         os.pwrite(fd, piece, end)
         end += len(piece)
-        followed.advance(end)
+        followed.advance(fd, end)
     return followed
 
 
@@ -135,9 +135,9 @@ def test_it_ends_when_it_is_abandoned_stopped_or_left_alone(
 
     def ends(act: Callable[[Following], object]) -> None:
         ended = threading.Event()
-        followed = Following(fd, threads=2, place=lambda: ended.set)
+        followed = Following(threads=2, place=lambda: ended.set)
         os.pwrite(fd, half, 0)
-        followed.advance(len(half))
+        followed.advance(fd, len(half))
         act(followed)
         assert ended.wait(30)
         assert followed.finish(len(half), go_on) is None
@@ -155,8 +155,8 @@ def test_it_ends_when_it_is_abandoned_stopped_or_left_alone(
 def test_where_there_is_no_place_it_does_not_begin(fd: int, artifact: bytes) -> None:
     before = threading.active_count()
     os.pwrite(fd, artifact, 0)
-    followed = Following(fd, threads=1, place=lambda: None)
-    followed.advance(len(artifact))
+    followed = Following(threads=1, place=lambda: None)
+    followed.advance(fd, len(artifact))
     assert threading.active_count() == before
     assert not followed.is_under_way
     assert followed.finish(len(artifact), go_on) is None
