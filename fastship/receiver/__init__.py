@@ -4,8 +4,9 @@ What always holds: an ``Upload-Offset`` that left the receiver is durable; a 201
 receipt are on disk under the episode's name and verified; an artifact once published is never replaced. The wire
 is docs/protocol.md. Inside, imports go one way:
 
-    __main__ > server > (connection | app)      app > (reading | store) > uploads > (lock > partial | reserved)
-    app > reading > request > ingest > direct > partial      uploads > decisions > (access | answers)
+    __main__ > server > (connection | app)      app > (reading | small > ending > store) > uploads
+    app > reading > request > ingest > direct > partial      connection > direct
+    uploads > (lock > partial | reserved)                    uploads > decisions > (access | answers)
 
 Imports ``settings``, ``episode``, ``durable``, ``fields``, ``frames`` and ``errors`` of fastship, never ``upload``.
 The command line and the tests import this package by the two names below.

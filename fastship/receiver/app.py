@@ -10,31 +10,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import hashlib
 import logging
-import os
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import msgspec
 
 from fastship import durable, fields
-from fastship.errors import ArtifactError, ReceiverError
+from fastship.errors import ReceiverError
 from fastship.receiver import answers, decisions
 from fastship.receiver.access import Access
 from fastship.receiver.answers import Answer
 from fastship.receiver.decisions import Body, Declared, Facts
 from fastship.receiver.direct import Takers
-from fastship.receiver.ingest import End, Receive, ingest
+from fastship.receiver.ending import Ending, storage_failed
+from fastship.receiver.ingest import End, Receive, gather, ingest
 from fastship.receiver.lock import Busy, Superseded
 from fastship.receiver.partial import Partial, Unsynced
 from fastship.receiver.reading import send_artifact
 from fastship.receiver.request import Request, Scope, Send
-from fastship.receiver.store import ContentMismatch, DigestMismatch, Store
+from fastship.receiver.small import SMALL_BYTES, SMALL_CONTENT_BYTES, Small, SmallStore
+from fastship.receiver.store import Store
 from fastship.receiver.uploads import LengthMismatch, UnknownUpload, Upload
 from fastship.settings import ReceiverSettings
 
@@ -45,7 +45,7 @@ _BUSY_WAIT_S = 20.0  # for an artifact that is being verified, before the client
 _TRY_S = 0.05  # so long a thread waits for an upload's lock, then it serves others
 _LARGE_BYTES = 256 << 20  # of artifact or content: about a third of a second to verify
 _MEND_INTERVAL_S = 3600.0
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_HELD_BYTES = 16 << 20  # of small bodies in memory; more go to the disk at once
 _ROUTE = re.compile(r"/v1/(episodes|uploads|receipts)/([^/]*)")
 
 T = TypeVar("T")
@@ -69,11 +69,14 @@ class Receiver:
         self._access = Access(settings.token_file, settings.commits_file)
         self._store = Store(settings)
         self._uploads = self._store.uploads
+        self._ending = Ending(self._store)
         self._metrics = Metrics()
         self._io = ThreadPoolExecutor(16, "receiver-io")
         self._publishing = ThreadPoolExecutor(8, "receiver-publish")  # fsyncs of several share one commit
         self._verifying = ThreadPoolExecutor(2, "receiver-verify")  # of what takes so long that others would wait
         self._takers = Takers()
+        self._small = SmallStore(self._store, self._decide)
+        self._held_bytes = 0
         self._open_bodies = 0
         self._mending: asyncio.Task[None] | None = None
 
@@ -89,6 +92,7 @@ class Receiver:
         self._publishing.shutdown(wait=False)
         self._verifying.shutdown(wait=False)
         self._takers.close()
+        self._small.close()
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -117,7 +121,7 @@ class Receiver:
                 _log.exception("%s %s failed", request.method, request.path)
             if request.status:
                 raise  # too late for an answer: the server cuts the connection
-            failed = self._storage_failed(error) if isinstance(error, OSError) else answers.INTERNAL
+            failed = storage_failed(error) if isinstance(error, OSError) else answers.INTERNAL
             await request.answer(failed)
         finally:
             self._metrics.requests.labels(request.method, str(request.status)).inc()
@@ -186,14 +190,19 @@ class Receiver:
         declared = decisions.read_declared(request.headers, episode, body)
         if isinstance(declared, Answer):
             return declared
-        facts = await self._in(self._io, self._facts, declared, not body.empty)
         commit = request.headers.get(self._settings.commit_field.lower())
+        if self._is_small(request, declared, body):
+            return await self._store_small(request, declared, commit, body)
+        facts = await self._in(self._io, self._facts, declared, not body.empty)
         verdict = decisions.decide_put(declared, commit, facts)
         if verdict is not None:
             return self._count(verdict)
         if body.complete is False:
             return await self._create(request, declared, body)
         return await self._store_at_once(request, declared, body)
+
+    def _decide(self, declared: Declared, commit: str | None) -> Answer | None:
+        return decisions.decide_put(declared, commit, self._facts(declared, True))
 
     def _facts(self, declared: Declared, has_body: bool) -> Facts:
         settings = self._settings
@@ -208,6 +217,33 @@ class Receiver:
             overloaded=has_body and self._open_bodies >= settings.max_requests,
         )
 
+    def _is_small(self, request: Request, declared: Declared, body: Body) -> bool:
+        """Whether the body is rather read than asked whether it is wanted: with those that wait it fills no memory."""
+        content_bytes = 0 if self._settings.verify == "artifact" else declared.content_bytes
+        return (
+            body.complete is not False
+            and 0 < (body.length or 0) <= min(SMALL_BYTES, _HELD_BYTES - self._held_bytes)
+            and content_bytes is not None
+            and content_bytes <= SMALL_CONTENT_BYTES
+            and "expect" not in request.headers
+        )
+
+    async def _store_small(self, request: Request, declared: Declared, commit: str | None, body: Body) -> Answer | None:
+        """Way 1 for a small artifact."""
+        length = body.length or 0
+        self._held_bytes += length
+        try:
+            with self._one_more_body():
+                end, data = await gather(request.receive, idle_timeout_s=IDLE_TIMEOUT_S)
+            if end is not End.WHOLE:
+                if declared.sha256 and not body.sha256:
+                    await self._in(self._io, self._ending.keep_cut, declared, data)
+                return _GIVEN_UP if end is End.IDLE else None
+            answer = self._small.submit(Small(declared, commit, body, data))
+            return self._count(await asyncio.shield(asyncio.wrap_future(answer)))
+        finally:
+            self._held_bytes -= length
+
     async def _store_at_once(self, request: Request, declared: Declared, body: Body) -> Answer | None:
         """Way 1: the whole artifact in this body."""
         partial = await self._in(self._io, self._uploads.one_shot)
@@ -218,21 +254,21 @@ class Receiver:
                 end = await self._ingest(request, partial, most, digest)
             except OSError as error:
                 if declared.sha256 and not body.sha256 and not isinstance(error, Unsynced):
-                    await self._in(self._io, self._keep, declared, partial)
-                return self._storage_failed(error)
+                    await self._in(self._io, self._ending.keep, declared, partial)
+                return storage_failed(error)
             if end is End.TOO_LONG and declared.length is None:
                 return self._count(decisions.too_large(self._settings.max_bytes))
             if end is End.TOO_LONG or (end is End.WHOLE and declared.length not in (None, partial.offset)):
                 return answers.length_mismatch("the body is not as long as Upload-Length said", 0)
             if end is not End.WHOLE:
                 if declared.sha256 and not body.sha256:
-                    await self._in(self._io, self._keep, declared, partial)
+                    await self._in(self._io, self._ending.keep, declared, partial)
                 return _GIVEN_UP if end is End.IDLE else None
             if digest is not None and digest.hexdigest() != body.sha256:
                 return self._count(answers.digest_mismatch("the body is not what Content-Digest says"))
-            answer, _ = await self._in(self._lane(partial, declared), self._publish, partial, declared)
+            answer, _ = await self._in(self._lane(partial, declared), self._ending.publish, partial, declared)
             if declared.sha256 and answer.status < 300:
-                await self._in(self._io, self._forget, self._uploads.token(declared))
+                await self._in(self._io, self._ending.forget, self._uploads.token(declared))
             return self._count(answer)
         finally:
             await self._in(self._io, durable.unlink_if_present, partial.path)
@@ -254,11 +290,11 @@ class Receiver:
         except Superseded:
             return answers.SUPERSEDED
         finally:
-            await self._in(self._io, self._leave, upload)
+            await self._in(self._io, self._ending.leave, upload)
 
     async def _patch(self, request: Request, token: str) -> Answer | None:
         """Way 2, append; with ``Upload-Complete: ?1`` the last one, whose answer is the verdict."""
-        ended = await self._in(self._io, self._ended, token)
+        ended = await self._in(self._io, self._ending.ended, token)
         if ended is not None:
             return ended
         body = decisions.read_body(request.headers)
@@ -271,9 +307,9 @@ class Receiver:
             return decisions.OVERLOADED.with_fields(*answers.about_upload())
         upload = await self._take(lambda: self._uploads.take(token, wait_s=_TRY_S))
         if isinstance(upload, Answer):
-            return await self._in(self._io, self._ended, token) or upload
+            return await self._in(self._io, self._ending.ended, token) or upload
         try:
-            known = await self._in(self._io, self._known, upload)
+            known = await self._in(self._io, self._ending.known, upload)
             if known is not None:
                 return self._count(known)
             offset = await self._in(self._io, upload.tell)
@@ -289,7 +325,7 @@ class Receiver:
                 return answer
             if body.complete:
                 lane = self._lane(upload.partial, upload.declared)
-                return self._count(await self._in(lane, self._finish, upload))
+                return self._count(await self._in(lane, self._ending.finish, upload))
             offset = await self._in(self._io, upload.tell)
             told = answers.about_upload(offset)
             if body.want_digest:
@@ -299,7 +335,7 @@ class Receiver:
         except Superseded:
             return answers.SUPERSEDED
         finally:
-            await self._in(self._io, self._leave, upload)
+            await self._in(self._io, self._ending.leave, upload)
 
     async def _append(self, request: Request, upload: Upload, body: Body) -> tuple[bool, Answer | None]:
         """Take the body into the upload; (True, answer) when that is the end of this request."""
@@ -316,7 +352,7 @@ class Receiver:
             if not isinstance(error, Unsynced):
                 with contextlib.suppress(OSError):
                     await self._in(self._io, upload.tell)
-            return True, self._storage_failed(error, *answers.about_upload())
+            return True, storage_failed(error, *answers.about_upload())
         if digest is not None:
             spoilt = end is not End.WHOLE or digest.hexdigest() != body.sha256
             if spoilt:
@@ -356,76 +392,6 @@ class Receiver:
         large = max(partial.offset, declared.content_bytes or 0) > _LARGE_BYTES and not following
         return self._verifying if large else self._publishing
 
-    def _publish(self, partial: Partial, declared: Declared) -> tuple[Answer, bool]:
-        """The verdict on a whole artifact, and whether the partial is still good for another try."""
-        started = time.monotonic()
-        try:
-            published = self._store.publish(partial, declared)
-        except DigestMismatch as error:
-            return answers.digest_mismatch(str(error)), False
-        except ContentMismatch as error:
-            return answers.error(422, "content-mismatch", str(error), answers.ABOUT_EPISODE), False
-        except ArtifactError as error:
-            text = f"this is not an artifact (.tar.zst): {error.message}"
-            return answers.error(422, "artifact-invalid", text, answers.ABOUT_EPISODE), False
-        except InterruptedError:
-            return answers.STOPPING, True
-        except OSError as error:
-            again = error.errno in _NO_SPACE and not isinstance(error, Unsynced)
-            return self._storage_failed(error, answers.ABOUT_EPISODE), again
-        if isinstance(published, Answer):
-            return published, False
-        _, receipt = published
-        took_ms = (time.monotonic() - started) * 1000
-        _log.info("stored %s: %d bytes, verified and synced in %.0f ms", receipt.episode, partial.offset, took_ms)
-        return answers.stored(201, receipt), False
-
-    def _finish(self, upload: Upload) -> Answer:
-        offset, length = upload.partial.offset, upload.declared.length
-        if length is not None and offset != length:
-            return answers.length_mismatch(f"the upload has {offset} of {length} bytes and cannot be complete", offset)
-        with upload.exclusive():
-            answer, good = self._publish(upload.partial, upload.declared)
-            if not good:
-                # An error of the disk leaves no tombstone: the client makes the upload again, from 0.
-                self._uploads.end(upload, answer if answer.status < 500 else None)
-        return answer
-
-    def _known(self, upload: Upload) -> Answer | None:
-        """The verdict when the episode was stored by another upload meanwhile."""
-        stored = self._store.receipt(upload.declared.episode)
-        if stored is None:
-            return None
-        known = decisions.compare(upload.declared.sha256, upload.declared.content_blake3, stored)
-        if known is not None:
-            with upload.exclusive():
-                self._uploads.end(upload, known)
-        return known
-
-    def _keep(self, declared: Declared, partial: Partial) -> None:
-        with contextlib.suppress(OSError):
-            self._uploads.keep(declared, partial)
-
-    def _forget(self, token: str) -> None:
-        with contextlib.suppress(UnknownUpload, Busy):
-            self._uploads.cancel(token)
-
-    def _leave(self, upload: Upload) -> None:
-        self._uploads.remember(upload)
-        upload.close()
-
-    def _ended(self, token: str) -> Answer | None:
-        try:
-            look = self._uploads.ended(token)
-        except UnknownUpload:
-            return answers.UNKNOWN_UPLOAD
-        if look is None or look.ended is None:
-            return None
-        stored = (look.ended.body or {}).get("episode") if look.ended.status < 300 else None
-        if stored is not None and not self._store.artifact_path(stored).exists():
-            return answers.UNKNOWN_UPLOAD  # taken out of the store by hand
-        return look.ended
-
     # --- small -----------------------------------------------------------------------------------------------
 
     async def _in(self, executor: Executor, function: Callable[..., T], *args: Any) -> T:
@@ -458,23 +424,30 @@ class Receiver:
                 pause_s = min(2 * pause_s, 1.0)
 
     async def _ingest(self, request: Request, partial: Partial, limit: int | None, digest: Any) -> End:
-        self._open_bodies += 1
-        self._metrics.open_bodies.inc()
         began = partial.offset
         try:
-            return await ingest(
-                request.receive,
-                partial,
-                self._io,
-                limit_bytes=limit,
-                sync_bytes=self._settings.sync_bytes,
-                idle_timeout_s=IDLE_TIMEOUT_S,
-                body_digest=digest,
-                direct=request.direct,
-                takers=self._takers,
-            )
+            with self._one_more_body():
+                return await ingest(
+                    request.receive,
+                    partial,
+                    self._io,
+                    limit_bytes=limit,
+                    sync_bytes=self._settings.sync_bytes,
+                    idle_timeout_s=IDLE_TIMEOUT_S,
+                    body_digest=digest,
+                    direct=request.direct,
+                    takers=self._takers,
+                )
         finally:
             request.body_bytes = max(request.body_bytes, partial.offset - began)  # what went past ``receive``, too
+
+    @contextlib.contextmanager
+    def _one_more_body(self) -> Iterator[None]:
+        self._open_bodies += 1
+        self._metrics.open_bodies.inc()
+        try:
+            yield
+        finally:
             self._open_bodies -= 1
             self._metrics.open_bodies.dec()
 
@@ -487,13 +460,6 @@ class Receiver:
     def _count(self, verdict: Answer) -> Answer:
         self._metrics.episodes.labels(str(verdict.status)).inc()
         return verdict
-
-    def _storage_failed(self, error: OSError, *more: tuple[str, str]) -> Answer:
-        _log.error("storing failed: %s", error)
-        if error.errno in _NO_SPACE:
-            return decisions.NO_ROOM.with_fields(*more)
-        text = f"the receiver's disk failed: {os.strerror(error.errno or errno.EIO)}"
-        return answers.error(500, "storage", text, *more)
 
 
 _GIVEN_UP = answers.error(408, "body-timeout", f"nothing came for {IDLE_TIMEOUT_S:.0f} s", ("Connection", "close"))

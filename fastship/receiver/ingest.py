@@ -93,6 +93,22 @@ async def ingest(
     return end
 
 
+async def gather(receive: Receive, *, idle_timeout_s: float) -> tuple[End, bytes]:
+    """A body that is known to be small, in memory."""
+    pieces: list[bytes] = []
+    while True:
+        try:
+            async with asyncio.timeout(idle_timeout_s):
+                message = await receive()
+        except TimeoutError:
+            return End.IDLE, b"".join(pieces)
+        if message["type"] != "http.request":
+            return End.CUT, b"".join(pieces)
+        pieces.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return End.WHOLE, b"".join(pieces)
+
+
 class _Writer:
     """One batch being gathered, one being written, and perhaps a sync beside it."""
 

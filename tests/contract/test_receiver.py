@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -294,3 +295,51 @@ def test_ranges(receiver: Server) -> None:
     assert receiver.request("GET", path, If_None_Match=etag).status == 304
     head = receiver.request("HEAD", path)
     assert (head.body, head.headers["content-length"]) == (b"", str(size))
+
+
+# --- small artifacts of declared content -------------------------------------------------------------------------
+
+
+def small_fields(data: bytes) -> dict[str, str]:
+    content_bytes = zstandard.get_frame_parameters(data).content_size
+    return {"Repr_Digest": sha256_field(data), "Fastship_Content_Length": str(content_bytes)}
+
+
+def test_small_artifacts_are_stored_like_others(receiver: Server) -> None:
+    artifacts = {f"little-{number}": make_artifact(f"little-{number}", 4000 + number) for number in range(40)}
+    with ThreadPoolExecutor(20) as clients:
+        replies = list(
+            clients.map(lambda item: receiver.put(item[0], item[1], **small_fields(item[1])), artifacts.items())
+        )
+    assert [reply.status for reply in replies] == [201] * 40
+    for episode, data in artifacts.items():
+        check_stored(receiver, episode, data)
+        assert receiver.put(episode, data, **small_fields(data)).status == 200
+    assert not list((receiver.root / "uploads").glob("one-*"))
+
+
+def test_a_small_artifact_that_is_not_what_it_says_is_refused(receiver: Server) -> None:
+    data = make_artifact("little")
+    for fields, status, code in (
+        ({"Repr_Digest": sha256_field(b"other")}, 400, "digest-mismatch"),
+        ({"Content_Digest": sha256_field(b"other")}, 400, "digest-mismatch"),
+        ({"Fastship_Content_Length": "1"}, 422, "artifact-invalid"),
+        ({"Fastship_Content_Digest": f"blake3=:{base64.b64encode(bytes(32)).decode()}:"}, 422, "content-mismatch"),
+    ):
+        refused = receiver.put("little", data, **{**small_fields(data), **fields})
+        assert (refused.status, refused.json()["code"]) == (status, code)
+    assert receiver.request("GET", "/v1/episodes/little").status == 404
+
+
+def test_a_cut_small_artifact_can_be_resumed(receiver: Server) -> None:
+    data = make_artifact("little-cut", 50_000)
+    fields = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in small_fields(data).items())
+    with socket.create_connection((receiver.host, receiver.port), timeout=WAIT_S) as connection:
+        head = f"PUT /v1/episodes/little-cut HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n"
+        connection.sendall(f"{head}{fields}\r\n".encode() + data[:30_000])
+    wait_for(lambda: any(record.read_bytes().count(b'"little-cut"') for record in receiver.root.glob("uploads/*.json")))
+    wait_for(lambda: not list(receiver.root.glob("uploads/one-*")))
+    assert receiver.create("little-cut", data).offset == 30_000
+    assert receiver.put("little-cut", data, **small_fields(data)).status == 201
+    assert not list(receiver.root.glob("uploads/*.part"))
+    check_stored(receiver, "little-cut", data)

@@ -1,0 +1,134 @@
+"""What becomes of a body that has come to its end: published, kept, forgotten, or refused; and the answer to it.
+
+What always holds: an exception of storing means the same however the artifact came. Blocks; called in threads.
+Imported by ``app`` and ``small``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import time
+
+from fastship.errors import ArtifactError
+from fastship.receiver import answers, decisions
+from fastship.receiver.answers import Answer
+from fastship.receiver.decisions import Declared
+from fastship.receiver.lock import Busy
+from fastship.receiver.partial import Partial, Unsynced
+from fastship.receiver.store import ContentMismatch, DigestMismatch, Store
+from fastship.receiver.uploads import UnknownUpload, Upload
+
+_log = logging.getLogger("fastship.receiver")
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Ending:
+    """Of the uploads and one-shot bodies of a store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._uploads = store.uploads
+
+    def publish(self, partial: Partial, declared: Declared) -> tuple[Answer, bool]:
+        """The verdict on a whole artifact, and whether the partial is still good for another try."""
+        started = time.monotonic()
+        try:
+            published = self._store.publish(partial, declared)
+        except Exception as error:
+            refused = refusal(error)
+            if refused is None:
+                raise
+            return refused
+        if isinstance(published, Answer):
+            return published, False
+        _, receipt = published
+        took_ms = (time.monotonic() - started) * 1000
+        _log.info("stored %s: %d bytes, verified and synced in %.0f ms", receipt.episode, partial.offset, took_ms)
+        return answers.stored(201, receipt), False
+
+    def finish(self, upload: Upload) -> Answer:
+        offset, length = upload.partial.offset, upload.declared.length
+        if length is not None and offset != length:
+            return answers.length_mismatch(f"the upload has {offset} of {length} bytes and cannot be complete", offset)
+        with upload.exclusive():
+            answer, good = self.publish(upload.partial, upload.declared)
+            if not good:
+                # An error of the disk leaves no tombstone: the client makes the upload again, from 0.
+                self._uploads.end(upload, answer if answer.status < 500 else None)
+        return answer
+
+    def known(self, upload: Upload) -> Answer | None:
+        """The verdict when the episode was stored by another upload meanwhile."""
+        stored = self._store.receipt(upload.declared.episode)
+        if stored is None:
+            return None
+        known = decisions.compare(upload.declared.sha256, upload.declared.content_blake3, stored)
+        if known is not None:
+            with upload.exclusive():
+                self._uploads.end(upload, known)
+        return known
+
+    def keep_cut(self, declared: Declared, data: bytes) -> None:
+        """As `keep`, of a body that is in memory."""
+        partial = self._uploads.one_shot()
+        try:
+            with contextlib.suppress(OSError):
+                partial.write([data])
+                self._uploads.keep(declared, partial)
+        finally:
+            partial.drop()
+
+    def keep(self, declared: Declared, partial: Partial) -> None:
+        with contextlib.suppress(OSError):
+            self._uploads.keep(declared, partial)
+
+    def forget(self, token: str) -> None:
+        with contextlib.suppress(UnknownUpload, Busy):
+            self._uploads.cancel(token)
+
+    def leave(self, upload: Upload) -> None:
+        self._uploads.remember(upload)
+        upload.close()
+
+    def ended(self, token: str) -> Answer | None:
+        try:
+            look = self._uploads.ended(token)
+        except UnknownUpload:
+            return answers.UNKNOWN_UPLOAD
+        if look is None or look.ended is None:
+            return None
+        stored = (look.ended.body or {}).get("episode") if look.ended.status < 300 else None
+        if stored is not None and not self._store.artifact_path(stored).exists():
+            return answers.UNKNOWN_UPLOAD  # taken out of the store by hand
+        return look.ended
+
+
+def refusal(error: Exception) -> tuple[Answer, bool] | None:
+    """The verdict on a whole artifact that could not be published, and whether its partial is still good for another
+    try. None for what nobody foresaw."""
+    if isinstance(error, DigestMismatch):
+        return answers.digest_mismatch(str(error)), False
+    if isinstance(error, ContentMismatch):
+        return answers.error(422, "content-mismatch", str(error), answers.ABOUT_EPISODE), False
+    if isinstance(error, ArtifactError):
+        text = f"this is not an artifact (.tar.zst): {error.message}"
+        return answers.error(422, "artifact-invalid", text, answers.ABOUT_EPISODE), False
+    if isinstance(error, InterruptedError):
+        return answers.STOPPING, True
+    if isinstance(error, OSError):
+        again = error.errno in _NO_SPACE and not isinstance(error, Unsynced)
+        return storage_failed(error, answers.ABOUT_EPISODE), again
+    return None
+
+
+def storage_failed(error: OSError, *more: tuple[str, str]) -> Answer:
+    """507 or 500, with the fields ``more``."""
+    _log.error("storing failed: %s", error)
+    if error.errno in _NO_SPACE:
+        return decisions.NO_ROOM.with_fields(*more)
+    text = f"the receiver's disk failed: {os.strerror(error.errno or errno.EIO)}"
+    return answers.error(500, "storage", text, *more)
