@@ -25,7 +25,8 @@ _TABLES: Final[dict[int, dict[str, Any]]] = {
     18: {"search_log": 4, "chain_log": 18, "hash_log": 17},  # 6, 23 and 22: 3 MiB of tables instead of 49
 }
 """Where a level differs from libzstd's; ``bench_profiles`` holds each beside libzstd's own, on every shape.
-Size and CPU over its: 2: 0.97 to 1.01, 0.81 to 0.99; 3: 0.97 to 1.00, 0.79 to 0.99; 18, over 19: 1.00 to 1.04, 0.26 to 0.67."""
+Size and CPU over its: 2: 0.97 to 1.01, 0.81 to 0.99; 3: 0.97 to 1.00, 0.79 to 0.99;
+18, over 19: 1.00 to 1.04, 0.26 to 0.67."""
 
 _SAMPLED_FROM_LEVEL: Final = 5  # below, libzstd itself passes random bytes nearly as fast as at level 1
 _SAMPLED_FROM_BYTES: Final = 256 << 10
