@@ -87,18 +87,29 @@ _IO_CLASSES = {"best-effort": psutil.IOPRIO_CLASS_BE, "idle": psutil.IOPRIO_CLAS
 
 def restrain(pid: int, host: HostSettings) -> None:
     """Give a process that has no threads yet its cores, nice value and I/O class; its threads will have the same."""
-    try:
-        if host.reserved_cores:
-            os.sched_setaffinity(pid, packing_cores(host))
-        if host.nice > os.getpriority(os.PRIO_PROCESS, pid):
-            os.setpriority(os.PRIO_PROCESS, pid, host.nice)
-        if host.io_class != "none":
-            priority = host.io_priority if host.io_class == "best-effort" else None
-            psutil.Process(pid).ionice(_IO_CLASSES[host.io_class], priority)
-    except (ProcessLookupError, psutil.NoSuchProcess):
-        pass  # it is reaped soon
-    except (OSError, psutil.Error) as error:
-        log.warning("host-care-refused", pid=pid, error=str(error))
+    for step in (_restrain_cores, _restrain_cpu, _restrain_io):
+        try:
+            step(pid, host)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            return  # it is reaped soon
+        except (OSError, psutil.Error) as error:  # the others may be allowed
+            log.warning("host-care-refused", what=step.__name__.removeprefix("_restrain_"), pid=pid, error=str(error))
+
+
+def _restrain_cores(pid: int, host: HostSettings) -> None:
+    if host.reserved_cores:
+        os.sched_setaffinity(pid, packing_cores(host))
+
+
+def _restrain_cpu(pid: int, host: HostSettings) -> None:
+    if host.nice > os.getpriority(os.PRIO_PROCESS, pid):
+        os.setpriority(os.PRIO_PROCESS, pid, host.nice)
+
+
+def _restrain_io(pid: int, host: HostSettings) -> None:
+    if host.io_class != "none":
+        priority = host.io_priority if host.io_class == "best-effort" else None
+        psutil.Process(pid).ionice(_IO_CLASSES[host.io_class], priority)
 
 
 def restrain_group(pid: int, host: HostSettings) -> bool:

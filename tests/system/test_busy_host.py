@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-from lab import Daemon, Lab, Sections, telemetry, wait_until, workers_of
+from lab import Daemon, Lab, Sections, fastship, telemetry, wait_until, workers_of
 
 PATIENCE_S = 12.0  # on a host whose other tests keep it busy, packing comes back after so long
 COURTEOUS: Sections = {
@@ -62,6 +62,11 @@ def test_packing_gives_way_to_a_busy_neighbour_and_comes_back(lab: Lab) -> None:
             assert snapshot is not None
             assert snapshot.host is not None
             assert "others want" in snapshot.host.why
+            shown = subprocess.run(
+                fastship("status", "-c", lab.settings_file()), stdout=subprocess.PIPE, text=True
+            ).stdout
+            assert "\npacking      " in shown
+            assert "others want" in shown
             ours = workers_of()
             theirs_before, ours_before = cpu_s(neighbour), cpu_s(ours)
             wait_until(lambda: cpu_s(neighbour) - theirs_before > 2.0, "the neighbour's work")

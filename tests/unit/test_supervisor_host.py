@@ -68,6 +68,20 @@ def test_a_process_gets_its_nice_value_io_class_and_cores(process: psutil.Proces
     assert process.ionice()[0] == psutil.IOPRIO_CLASS_IDLE
 
 
+def test_what_is_refused_does_not_keep_the_rest_from_being_done(
+    process: psutil.Process, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    restrain(process.pid, HostSettings(nice=11, io_class="idle", reserved_cores=1))
+    assert process.nice() == 11
+    assert process.ionice()[0] == psutil.IOPRIO_CLASS_IDLE
+    told = capsys.readouterr()
+    assert "host-care-refused" in told.out + told.err
+
+
 def test_its_scheduling_group_has_the_same_nice_value(process: psutil.Process) -> None:
     group = Path(f"/proc/{process.pid}/autogroup")
     before = group.read_text() if group.exists() else ""
