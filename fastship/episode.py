@@ -59,7 +59,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     members: int  # tar members, directories included
     frames: int
     frame_bytes: int
-    level: int
+    levels: dict[int, int]  # frames by zstd level; 0: taken over from a packing that was interrupted
     fingerprint: str  # hex, of every member's name, kind, mode, size, mtime: has the episode changed since?
     code_commit: str | None = None
     skipped: tuple[str, ...] = ()  # sockets, as paths within the episode; the first 100

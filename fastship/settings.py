@@ -23,7 +23,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -65,8 +66,13 @@ class DestinationSettings(Section, frozen=True, kw_only=True, forbid_unknown_fie
     pause_after: Annotated[int, msgspec.Meta(ge=1)] = 3
 
 
+Level = Annotated[int, msgspec.Meta(ge=-7, le=22)]
+
+
 class PackSettings(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    level: Annotated[int, msgspec.Meta(ge=-7, le=22)] = 3
+    level: Level | Literal["auto"] = "auto"
+    level_min: Level = 1
+    level_max: Level = 9
     frame_bytes: Annotated[int, msgspec.Meta(ge=4096, le=1 << 30, extra={"kind": "size"})] = 8 << 20
     threads: Count = 0
     owner: Literal["keep", "zero"] = "keep"
@@ -84,6 +90,7 @@ class UploadSettings(Section, frozen=True, kw_only=True, forbid_unknown_fields=T
     connections: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
     bandwidth: Size = 0
     one_shot_bytes: Size = 4 << 20
+    stream_bytes: Size = 8 << 20
     connect_timeout_s: Duration = 10.0
     stall_timeout_s: Duration = 30.0
     answer_timeout_s: Duration = 120.0
@@ -350,6 +357,11 @@ def _catalogue() -> dict[str, dict[str, _Key]]:
 
 
 def _key(hint: Any) -> _Key:
+    if get_origin(hint) in (Union, UnionType):  # a number, or one of some words
+        number, words = (_key(part) for part in get_args(hint))
+        return _Key(
+            hint, number.kind, number.type_name, f"{number.expected} or {words.expected.removeprefix('one of ')}"
+        )
     meta = next((m for m in getattr(hint, "__metadata__", ()) if isinstance(m, msgspec.Meta)), msgspec.Meta())
     kind = str((meta.extra or {}).get("kind", ""))
     base = get_args(hint)[0] if get_origin(hint) is Annotated else hint
@@ -429,7 +441,11 @@ def _check(settings: Settings, origins: Mapping[str, str]) -> None:
 
 
 def _check_pairs(settings: Settings, refuse: Callable[[str, str, str], SettingsError]) -> None:
-    destination, receiver, upload = settings.destination, settings.receiver, settings.upload
+    destination, receiver, upload, pack = settings.destination, settings.receiver, settings.upload, settings.pack
+    if pack.level_min > pack.level_max:
+        raise refuse(
+            "pack.level_max", f"= {pack.level_max} is less than pack.level_min", "raise it or lower pack.level_min"
+        )
     for first, second, pair in (
         ("destination.client_cert", "destination.client_key", (destination.client_cert, destination.client_key)),
         ("receiver.tls_cert", "receiver.tls_key", (receiver.tls_cert, receiver.tls_key)),

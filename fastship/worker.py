@@ -1,4 +1,5 @@
-"""A worker process: packs the episodes it is given and ships them, the next one packed while the last one uploads.
+"""A worker process: packs the episodes it is given and ships them, the next one packed while the last one uploads, and
+a large one sent while it is packed.
 
 Three threads beside the frame pool's: the main one reads messages and beats, one packs, one (of `upload.Session`)
 moves bytes. For small episodes the hand-overs between them are what costs, so few are made. What always holds: a
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import queue
@@ -22,18 +24,19 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from fastship import ipc, logs
-from fastship.episode import Manifest, Outcome, Verdict
+from fastship.episode import Manifest, Outcome, Verdict, read_code_commit
 from fastship.errors import FastshipError, OutboxFull, PackError
-from fastship.frames import FramePool
+from fastship.frames import FramePool, KeptFrames
 from fastship.lifecycle.events import Answered, PackBegan, Packed, PackFailed, Returned
-from fastship.pack import PackOptions, fingerprint, pack
+from fastship.pack import Flow, LevelControl, PackOptions, fingerprint, pack
 from fastship.spool import Outbox
 from fastship.spool.layout import Layout
-from fastship.upload import Artifact, Session
+from fastship.upload import Artifact, Growing, Session
 
 BEAT_S = 0.25
 GLANCE_MEMBERS = 128  # looked at again within 1 ms or so: a hand-over to another thread costs more
@@ -59,6 +62,33 @@ class _ToShip(NamedTuple):
     manifest: Manifest
     reused: bool
     first_attempt: bool
+    url: str  # an upload that has some of it
+
+
+class _Outgoing:
+    """An artifact's partial as a sink: sent while it is written, once ``stream_bytes`` of it are there (0: never).
+
+    ``begin`` is told how many bytes those are and gives back what is to be told of each further size.
+    """
+
+    def __init__(
+        self, file: io.FileIO, kept: KeptFrames, stream_bytes: int, begin: Callable[[int], Callable[[int], None]]
+    ) -> None:
+        self._file = file
+        self._kept = kept
+        self._stream_bytes = stream_bytes
+        self._begin = begin
+        self._advance: Callable[[int], None] | None = None
+        self._bytes = 0
+
+    def write(self, data: memoryview) -> int:
+        written = self._file.write(data)
+        self._bytes += written
+        if self._advance is not None:
+            self._advance(self._bytes)
+        elif self._stream_bytes and self._bytes >= self._stream_bytes and not self._kept.left:
+            self._advance = self._begin(self._bytes)
+        return written
 
 
 class Worker:
@@ -69,12 +99,7 @@ class Worker:
         self._channel = channel
         self._layout = Layout(Path(settings.spool.root))
         self._outbox = Outbox(self._layout.outbox)
-        self._options = PackOptions(
-            level=settings.pack.level,
-            frame_bytes=settings.pack.frame_bytes,
-            owner=settings.pack.owner,
-            page_cache=settings.pack.page_cache,
-        )
+        self._settings = settings
         self._pool = FramePool()
         self._queue: queue.SimpleQueue[ipc.Assignment | None] = queue.SimpleQueue()
         self._under_way: dict[str, _Progress] = {}
@@ -83,9 +108,24 @@ class Worker:
         self._may_pack = threading.Event()  # cleared while packing gives way to others on this host
         self._may_pack.set()
         self._session = Session(
-            settings.destination, settings.upload, on_progress=self._shipped_bytes, on_verdict=self._judged
+            settings.destination,
+            settings.upload,
+            on_progress=self._shipped_bytes,
+            on_verdict=self._judged,
+            on_place=self._placed,
         )
         self._checks: list[threading.Thread] = []
+        level = settings.pack.level
+        self._options = PackOptions(
+            level=LevelControl(settings.pack.level_min, settings.pack.level_max, self._flow)
+            if level == "auto"
+            else level,
+            frame_bytes=settings.pack.frame_bytes,
+            owner=settings.pack.owner,
+            page_cache=settings.pack.page_cache,
+        )
+        # A server that proves nothing may take an empty creation for the episode.
+        self._stream_bytes = settings.upload.stream_bytes if settings.destination.proof == "receipt" else 0
         self._packer = threading.Thread(target=self._pack_all, name="pack", daemon=True)
 
     def run(self) -> int:
@@ -175,7 +215,8 @@ class Worker:
             log.exception("packing %s failed", episode)
             self._pack_failed(episode, "internal", f"{type(error).__name__}: {error}")
         else:
-            return _ToShip(manifest, reused, assignment.first_attempt and not reused)
+            url = self._outbox.find_upload(episode, self._settings.destination.url) if reused else ""
+            return _ToShip(manifest, reused, assignment.first_attempt and not reused, url)
         return None
 
     def _ship(self, packed: _ToShip, *began: PackBegan) -> None:
@@ -187,9 +228,11 @@ class Worker:
         self._under_way[episode] = progress
         self._manifests[episode] = manifest
         self._channel.send(Packed(episode, manifest, packed.reused), *began)
-        self._session.submit(Artifact(manifest, self._outbox.artifact(episode)), first_attempt=packed.first_attempt)
+        artifact = Artifact(manifest, self._outbox.artifact(episode))
+        self._session.submit(artifact, first_attempt=packed.first_attempt, url=packed.url)
 
     def _pack_failed(self, episode: str, code: str, error: str) -> None:
+        self._session.drop(episode)
         with contextlib.suppress(OSError):
             self._outbox.partial(episode).unlink()
         found = ""
@@ -212,8 +255,11 @@ class Worker:
 
         self._may_pack.wait()
         try:
-            with self._outbox.begin(episode) as sink:
-                manifest = pack(directory, sink, self._options, self._pool, advanced)
+            with self._outbox.begin(episode) as file:
+                kept = KeptFrames(file.fileno())
+                sink = _Outgoing(file, kept, self._stream_bytes, lambda size: self._begin_stream(episode, kept, size))
+                manifest = pack(directory, sink, self._options, self._pool, advanced, kept)
+                file.truncate()
             self._outbox.commit(manifest)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -222,11 +268,31 @@ class Worker:
             raise PackError(f"{path}: {error.strerror}", remedy="see what is wrong with the outbox") from None
         return manifest, False
 
+    def _begin_stream(self, episode: str, kept: KeptFrames, available_bytes: int) -> Callable[[int], None]:
+        """Send what there is of the partial, and go on where an interrupted packing's upload stands.
+
+        That upload has bytes of whole frames of this boot only: if all of those were taken again, none that differs.
+        """
+        destination = self._settings.destination.url
+        url = self._outbox.find_upload(episode, destination) if kept.taken_all else ""
+        if not url:
+            self._outbox.note_upload(episode, "", destination)
+        commit = read_code_commit(self._layout.episodes / episode)
+        growing = Growing(episode, self._outbox.partial(episode), commit)
+        return self._session.stream(growing, available_bytes, url=url)
+
+    def _flow(self) -> Flow:
+        return Flow(*self._session.flow())
+
     # --- the session's thread --------------------------------------------------------------------------------
+
+    def _placed(self, episode: str, url: str) -> None:
+        self._outbox.note_upload(episode, url, self._settings.destination.url)
 
     def _shipped_bytes(self, episode: str, done_bytes: int, total_bytes: int) -> None:
         progress = self._under_way[episode]
-        progress.done_bytes, progress.total_bytes = done_bytes, total_bytes
+        if progress.shipping:  # else it is being packed still, and that is what is shown
+            progress.done_bytes, progress.total_bytes = done_bytes, total_bytes
 
     def _judged(self, episode: str, verdict: Verdict) -> None:
         if verdict.outcome is not Outcome.SHIPPED or self._manifests[episode].members <= GLANCE_MEMBERS:

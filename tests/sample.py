@@ -37,7 +37,7 @@ def manifest_of(
         members=3,
         frames=1,
         frame_bytes=8 << 20,
-        level=3,
+        levels={3: 1},
         fingerprint=fingerprint,
         boot_id=boot_id,
     )
@@ -92,6 +92,7 @@ def put_artifact(spool: Spool, episode: str, data: bytes = b"artifact") -> Manif
     manifest = manifest_of(episode, artifact=data)
     with spool.outbox.begin(episode) as sink:
         sink.write(data)
+        sink.truncate()
     spool.outbox.commit(manifest)
     return manifest
 

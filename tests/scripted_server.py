@@ -229,7 +229,7 @@ def make_artifact(directory: Path, size: int, episode: str = "ep1") -> Artifact:
         members=1,
         frames=1,
         frame_bytes=8 * MEGABYTE,
-        level=3,
+        levels={3: 1},
         fingerprint="00",
     )
     return Artifact(manifest, path)

@@ -65,11 +65,12 @@ def pack(
     episode = _existing_directory(directory)
 
     from fastship.frames import FramePool
-    from fastship.pack import PackOptions, measure
+    from fastship.pack import PackOptions, level_without_link, measure
     from fastship.pack import pack as pack_episode
 
+    fixed = level_without_link(settings.level_min, settings.level_max) if settings.level == "auto" else settings.level
     options = PackOptions(
-        level=settings.level,
+        level=fixed,
         frame_bytes=settings.frame_bytes,
         owner=settings.owner,
         page_cache=settings.page_cache,
@@ -98,7 +99,7 @@ def pack(
                 },
                 "frames": manifest.frames,
                 "frame_bytes": manifest.frame_bytes,
-                "level": manifest.level,
+                "levels": manifest.levels,
                 "skipped": [printable(name) for name in manifest.skipped],
                 "seconds": manifest.seconds,
                 "cpu_seconds": manifest.cpu_seconds,

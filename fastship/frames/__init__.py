@@ -4,9 +4,10 @@ The only package that imports zstandard; it imports nothing of fastship but ``er
 worker and the command line import what stands in ``__all__``.
 """
 
-from fastship.frames.compress import FramePool, FrameStream
+from fastship.frames.compress import FramePool, FrameStream, LevelChoice
 from fastship.frames.following import Following
 from fastship.frames.index import Kind, Member
+from fastship.frames.kept import KeptFrames
 from fastship.frames.memory import pool_bytes
 from fastship.frames.reader import ArtifactReader, ReadAt
 from fastship.frames.tar import Header, NotTar, TarReader
@@ -20,7 +21,9 @@ __all__ = [
     "FramePool",
     "FrameStream",
     "Header",
+    "KeptFrames",
     "Kind",
+    "LevelChoice",
     "Member",
     "NotTar",
     "ReadAt",

@@ -2,7 +2,8 @@
 
 What always holds:
 - The same bytes come out whatever T is and however it changes: a frame depends on its content and level alone
-  (``levels``).
+  (``levels``). With a `LevelChoice` the level depends on the moment; and frames that an interrupted packing left are
+  taken as they are.
 - ``commit`` is called in the thread that fills the frames, in frame order.
 - At most T+2 frames are held: T being compressed, one waiting, one being filled. Buffers are anonymous memory whose
   pages cost nothing until touched, and the one used last is used first: a small episode touches only its own size.
@@ -18,25 +19,53 @@ from __future__ import annotations
 import mmap
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import zstandard
 
 from fastship.frames.index import index_compressor
+from fastship.frames.kept import KeptFrames
 from fastship.frames.levels import FASTEST_LEVEL, parameters, worthwhile_level
 from fastship.frames.threads import Outcome, start_thread
 
 Commit = Callable[[bytes, int], None]
 """Called with one compressed frame and the number of tar stream bytes in it."""
 
+COMPRESSORS = 3
+"""A thread's: the fastest, with which frames are sampled, and those of two levels between which a choice may swing."""
+
+
+class LevelChoice(Protocol):
+    """Chooses the level of each frame; called by the thread that fills the frames."""
+
+    def next_level(self, threads: int, content_bytes: int, filled_s: float) -> int:
+        """For a frame that took ``filled_s`` to fill."""
+
+    def told(self, level: int, content_bytes: int, compressed_bytes: int, seconds: float) -> None:
+        """What a frame came to: ``seconds`` of one thread."""
+
+
+class _FixedLevel:
+    """The same for all."""
+
+    def __init__(self, level: int) -> None:
+        self._level = level
+
+    def next_level(self, _threads: int, _content_bytes: int, _filled_s: float) -> int:
+        return self._level
+
+    def told(self, level: int, content_bytes: int, compressed_bytes: int, seconds: float) -> None:
+        pass
+
 
 class _Slot(Outcome):
     """One frame on its way: its buffer, how much of it is used, and what became of it."""
 
-    __slots__ = ("buffer", "dropped", "level", "result", "used", "view")
+    __slots__ = ("buffer", "dropped", "level", "result", "seconds", "used", "view")
 
     def __init__(self, frame_bytes: int) -> None:
         super().__init__()
@@ -44,22 +73,30 @@ class _Slot(Outcome):
         self.view = memoryview(self.buffer)
         self.used = 0
         self.level = 0
+        self.seconds = 0.0  # that compressing it took
         self.dropped = False  # nobody wants it any more
         self.result = b""
 
 
 class _Compressors(dict[int, zstandard.ZstdCompressor]):
-    """One thread's compressors by level: their tables are costly to make and are not shared."""
+    """One thread's compressors by level: their tables are costly to make and are not shared.
 
-    def __missing__(self, level: int) -> zstandard.ZstdCompressor:
-        made = zstandard.ZstdCompressor(compression_params=parameters(level))
-        self[level] = made
+    Those used last are kept, `COMPRESSORS` of them: level 9 alone holds 14 MiB.
+    """
+
+    def get_for(self, level: int) -> zstandard.ZstdCompressor:
+        made = self.pop(level, None) or zstandard.ZstdCompressor(compression_params=parameters(level))
+        self[level] = made  # now the last in order
+        while len(self) > COMPRESSORS:
+            del self[next(iter(self))]
         return made
 
     def run(self, slot: _Slot) -> None:
+        began = time.perf_counter()
         frame = slot.view[: slot.used]
-        level = worthwhile_level(slot.level, frame, self[FASTEST_LEVEL])
-        slot.result = self[level].compress(frame)
+        slot.level = worthwhile_level(slot.level, frame, self.get_for(FASTEST_LEVEL))
+        slot.result = self.get_for(slot.level).compress(frame)
+        slot.seconds = time.perf_counter() - began
 
 
 class FramePool:
@@ -88,8 +125,13 @@ class FramePool:
         """Change the share of cores (at least 1); from any thread, at any time. Takes effect at the next frame."""
         self._wanted = max(1, threads)
 
-    def open(self, *, level: int, frame_bytes: int, commit: Commit) -> FrameStream:
-        """Begin an artifact. Fill ``stream.buffer``, ``submit`` each full frame and ``finish`` with the last."""
+    def open(
+        self, *, level: int | LevelChoice, frame_bytes: int, commit: Commit, kept: KeptFrames | None = None
+    ) -> FrameStream:
+        """Begin an artifact. Fill ``stream.buffer``, ``submit`` each full frame and ``finish`` with the last.
+
+        Frames of ``kept`` are committed instead of being made again, for as long as they hold what is submitted.
+        """
         if self._closed or self._stream is not None:
             raise RuntimeError(
                 "the frame pool is closed" if self._closed else "the frame pool makes one artifact at a time"
@@ -97,7 +139,7 @@ class FramePool:
         if frame_bytes != self._frame_bytes:
             self._free.clear()
             self._frame_bytes = frame_bytes
-        self._stream = FrameStream(self, level, commit)
+        self._stream = FrameStream(self, level, commit, kept)
         return self._stream
 
     def close(self) -> None:
@@ -161,10 +203,15 @@ class FramePool:
 class FrameStream:
     """The frames of one artifact. Left without ``finish`` (an error, a drain) it drops what is under way."""
 
-    def __init__(self, pool: FramePool, level: int, commit: Commit) -> None:
+    def __init__(
+        self, pool: FramePool, level: int | LevelChoice, commit: Commit, kept: KeptFrames | None = None
+    ) -> None:
         self._pool = pool
-        self._level = level
+        self._levels: LevelChoice = _FixedLevel(level) if isinstance(level, int) else level
         self._commit = commit
+        self._kept = kept
+        self.levels: dict[int, int] = {}  # frames committed by level; 0: kept ones, whose level nobody knows
+        self._returned_at = time.perf_counter()  # the buffer was given to be filled
         self._pending: deque[_Slot] = deque()
         self._filling: _Slot | None = pool._take_slot()
         self.buffer = self._filling.view  # of the frame to fill: frame_bytes long, with stale bytes in it
@@ -176,13 +223,13 @@ class FrameStream:
         """
         pool, slot = self._pool, self._filling
         assert slot is not None
-        slot.used, slot.level = used, self._level
         threads = pool.threads
+        if self._take(slot, used, threads):
+            self._returned_at = time.perf_counter()
+            return self.buffer
         if threads == 1:
-            self._drain(0)
-            pool._compress_here(slot)
-            self._commit(slot.result, used)
-            slot.result = b""
+            self._compress_here(slot)
+            self._returned_at = time.perf_counter()
             return self.buffer
         self._filling = None  # first: interrupted in between, the buffer is lost and not filled while it is compressed
         pool._compress_elsewhere(slot)
@@ -190,6 +237,7 @@ class FrameStream:
         self._drain(threads + 1)
         self._filling = pool._take_slot()
         self.buffer = self._filling.view
+        self._returned_at = time.perf_counter()
         return self.buffer
 
     def finish(self, used: int) -> None:
@@ -198,13 +246,34 @@ class FrameStream:
         assert slot is not None
         if used and self._pending and self._pool.threads > 1:
             self.submit(used)
-        elif used:
-            slot.used, slot.level = used, self._level
-            self._drain(0)
-            self._pool._compress_here(slot)
-            self._commit(slot.result, used)
+        elif used and not self._take(slot, used, 1):
+            self._compress_here(slot)
         self._drain(0)
         self._close()
+
+    def _take(self, slot: _Slot, used: int, threads: int) -> bool:
+        """Commit the frame from what was kept (True), or settle at which level it is to be compressed."""
+        if self._kept is not None:
+            frame = self._kept.take(slot.view[:used])
+            if frame is not None:
+                self.levels[0] = self.levels.get(0, 0) + 1
+                self._commit(frame, used)
+                return True
+            self._kept = None  # it offers nothing more
+        slot.used = used
+        slot.level = self._levels.next_level(threads, used, time.perf_counter() - self._returned_at)
+        return False
+
+    def _compress_here(self, slot: _Slot) -> None:
+        self._drain(0)
+        self._pool._compress_here(slot)
+        self._done(slot)
+
+    def _done(self, slot: _Slot) -> None:
+        self._levels.told(slot.level, slot.used, len(slot.result), slot.seconds)
+        self.levels[slot.level] = self.levels.get(slot.level, 0) + 1
+        self._commit(slot.result, slot.used)
+        slot.result = b""
 
     def abort(self) -> None:
         """Drop every frame not yet committed; waits for those being compressed. Repeatable, also after ``finish``."""
@@ -238,7 +307,7 @@ class FrameStream:
             slot.wait()
             if slot.error is not None:
                 raise slot.error
-            self._commit(slot.result, slot.used)
+            self._done(slot)
             pending.popleft()
             self._pool._give_slot(slot)
 

@@ -1,7 +1,8 @@
 """The artifact as a whole: data frames, then the member index, then the seek table.
 
 What always holds: ``write`` gets the artifact's bytes in order, once, from the calling thread, a frame a call; the
-same tar stream, level and frame size give the same bytes. Imports its siblings; ``pack`` imports it by the package.
+same tar stream, level and frame size give the same bytes (``kept`` frames stay as they were made). Imports its
+siblings; ``pack`` imports it by the package.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from fastship.frames.compress import FramePool
+from fastship.frames.compress import FramePool, LevelChoice
 from fastship.frames.index import IndexWriter
+from fastship.frames.kept import KeptFrames
 from fastship.frames.seektable import MAX_ENTRIES, encode
 
 
@@ -23,13 +25,26 @@ class ArtifactWriter:
     manager it frees the pool when left early.
     """
 
-    def __init__(self, pool: FramePool, write: Callable[[bytes], object], *, level: int, frame_bytes: int) -> None:
+    def __init__(
+        self,
+        pool: FramePool,
+        write: Callable[[bytes], object],
+        *,
+        level: int | LevelChoice,
+        frame_bytes: int,
+        kept: KeptFrames | None = None,
+    ) -> None:
         self._write = write
         self._entries = array("I")
-        self._stream = pool.open(level=level, frame_bytes=frame_bytes, commit=self._commit)
+        self._stream = pool.open(level=level, frame_bytes=frame_bytes, commit=self._commit, kept=kept)
         self.index = IndexWriter(pool.index_compressor)
         self.frames = 0  # data frames committed
         self.artifact_bytes = 0
+
+    @property
+    def levels(self) -> dict[int, int]:
+        """Data frames by level; 0: kept ones."""
+        return self._stream.levels
 
     @property
     def buffer(self) -> memoryview:

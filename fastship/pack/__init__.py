@@ -1,21 +1,26 @@
 """From a directory to an artifact and back: `pack`, `fingerprint`, `measure`; `extract`, `list_members`;
-`read_windows`.
+`read_windows`;
+and `LevelControl`, which chooses the level of each frame.
 
 The face of the package is what stands in ``__all__``. It imports ``frames``, ``episode``, ``durable`` and ``errors``;
 the worker, ``tune``, the demo and the command line import it.
 """
 
 from fastship.pack.extract import ExtractResult, extract, list_members
+from fastship.pack.level import Flow, LevelControl, level_without_link
 from fastship.pack.packing import EpisodeSize, PackOptions, Sink, fingerprint, measure, pack
 from fastship.pack.sampling import read_windows
 
 __all__ = [
     "EpisodeSize",
     "ExtractResult",
+    "Flow",
+    "LevelControl",
     "PackOptions",
     "Sink",
     "extract",
     "fingerprint",
+    "level_without_link",
     "list_members",
     "measure",
     "pack",

@@ -20,7 +20,7 @@ import msgspec
 from fastship import durable
 from fastship.episode import Manifest, read_code_commit
 from fastship.errors import EpisodeChanged, OutboxFull, PackError
-from fastship.frames import ArtifactWriter, FramePool
+from fastship.frames import ArtifactWriter, FramePool, KeptFrames, LevelChoice
 from fastship.pack.headers import BLOCK, END_OF_ARCHIVE
 from fastship.pack.pagecache import Care
 from fastship.pack.stream import Layout, Owner, TarStream
@@ -37,9 +37,11 @@ class Sink(Protocol):
 
 class PackOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How to pack. ``frame_bytes`` is tar stream bytes a frame; ``owner="zero"`` writes uid and gid as 0;
-    ``page_cache``: what is left in it of files that were read (`fastship.pack.pagecache`)."""
+    ``page_cache``: what is left in it of files that were read (`fastship.pack.pagecache`); ``level``: a zstd level, or
+    what chooses one for each frame.
+    """
 
-    level: int = 3
+    level: int | LevelChoice = 3
     frame_bytes: int = 8 << 20
     owner: Owner = "keep"
     page_cache: Care = "as-found"
@@ -59,17 +61,21 @@ def pack(
     options: PackOptions,
     pool: FramePool,
     progress: Callable[[int], None] | None = None,
+    kept: KeptFrames | None = None,
 ) -> Manifest:
     """Write the artifact of the directory ``episode`` to ``sink`` and say what it is.
 
+    ``kept``: frames of an interrupted packing of it; those that still hold its bytes are taken instead of made again.
+
     ``progress`` is called about once a frame, and at the end, with the tar stream bytes read so far; what it raises
-    ends the packing. Blocks; may be repeated, and gives the same bytes while the episode is the same. Syncs nothing.
+    ends the packing. Blocks; may be repeated, and at a fixed level without ``kept`` gives the same bytes while the
+    episode is the same. Syncs nothing.
     Raises `EpisodeChanged`, `EpisodeUnreadable`, `OutboxFull`, `PackError`; then the sink holds a useless beginning.
     """
     wall, cpu = time.monotonic(), time.process_time()
     code_commit = read_code_commit(episode)
     artifact = _DigestingSink(sink)
-    writer = ArtifactWriter(pool, artifact.write, level=options.level, frame_bytes=options.frame_bytes)
+    writer = ArtifactWriter(pool, artifact.write, level=options.level, frame_bytes=options.frame_bytes, kept=kept)
     with writer:
         stream = TarStream(writer, options.owner, progress, options.page_cache)
         stream.write_episode(episode)
@@ -82,7 +88,7 @@ def pack(
         members=writer.index.members,
         frames=writer.frames,
         frame_bytes=options.frame_bytes,
-        level=options.level,
+        levels=writer.levels,
         fingerprint=stream.layout.fingerprint(),
         code_commit=code_commit,
         skipped=tuple(stream.layout.skipped[:SKIPPED_NAMED]),

@@ -324,6 +324,7 @@ class Receiver:
             if stopped:
                 return answer
             if body.complete:
+                upload.declared = append.complete(upload.declared)
                 lane = self._lane(upload.partial, upload.declared)
                 return self._count(await self._in(lane, self._ending.finish, upload))
             offset = await self._in(self._io, upload.tell)

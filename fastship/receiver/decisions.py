@@ -104,23 +104,39 @@ def read_declared(headers: Mapping[str, str], episode: str, body: Body) -> Decla
     if length is not None and body.length is not None and body.length > length:
         return answers.length_mismatch("the body is longer than Upload-Length", 0)
     sha256 = _digest(headers, fields.REPR_DIGEST, "sha-256")
-    blake3 = _digest(headers, fields.FASTSHIP_CONTENT_DIGEST, "blake3")
-    content_bytes = fields.parse_integer(headers.get("fastship-content-length"))
-    for read in (sha256, blake3):
-        if isinstance(read, Answer):
-            return read
-    if content_bytes is None and "fastship-content-length" in headers:
-        return _bad_field(fields.FASTSHIP_CONTENT_LENGTH, "a number of bytes")
-    assert not isinstance(sha256, Answer)
-    assert not isinstance(blake3, Answer)
+    if isinstance(sha256, Answer):
+        return sha256
+    content = _read_content(headers)
+    if isinstance(content, Answer):
+        return content
+    blake3, content_bytes = content
     return Declared(episode=episode, sha256=sha256, length=length, content_blake3=blake3, content_bytes=content_bytes)
 
 
+def _read_content(headers: Mapping[str, str]) -> tuple[str | None, int | None] | Answer:
+    blake3 = _digest(headers, fields.FASTSHIP_CONTENT_DIGEST, "blake3")
+    if isinstance(blake3, Answer):
+        return blake3
+    content_bytes = fields.parse_integer(headers.get("fastship-content-length"))
+    if content_bytes is None and "fastship-content-length" in headers:
+        return _bad_field(fields.FASTSHIP_CONTENT_LENGTH, "a number of bytes")
+    return blake3, content_bytes
+
+
 class Append(msgspec.Struct, frozen=True):
-    """What a PATCH says: where its body begins and, if it knows, how long the whole artifact is."""
+    """What a PATCH says: where its body begins and, if it knows, how long the artifact and what is its content."""
 
     offset: int
     length: int | None
+    content_blake3: str | None = None
+    content_bytes: int | None = None
+
+    def complete(self, declared: Declared) -> Declared:
+        """What was declared before, and of the content what is told only now."""
+        if declared.content_blake3 is not None or self.content_blake3 is None:
+            return declared
+        content = {"content_blake3": self.content_blake3, "content_bytes": self.content_bytes}
+        return msgspec.structs.replace(declared, **content)
 
 
 def read_append(headers: Mapping[str, str], body: Body) -> Append | Answer:
@@ -141,7 +157,10 @@ def read_append(headers: Mapping[str, str], body: Body) -> Append | Answer:
             text = "Upload-Offset and Content-Length do not add up to Upload-Length"
             return answers.length_mismatch(text, offset)
         length = offset + body.length
-    return Append(offset, length)
+    content = _read_content(headers)
+    if isinstance(content, Answer):
+        return content.with_fields(*answers.about_upload())
+    return Append(offset, length, *content)
 
 
 def decide_put(declared: Declared, commit: str | None, facts: Facts) -> Answer | None:

@@ -3,6 +3,9 @@
 ``<id>.tar.zst.partial`` while it is packed, then ``<id>.manifest.json``, then the rename to ``<id>.tar.zst``:
 an artifact with its final name is whole and has its manifest, whatever process died when.
 
+An artifact that is sent while it is packed has ``<id>.upload.json`` beside it: which upload has some of it. A crash
+leaves the partial, whose whole frames are taken again (`frames.KeptFrames`), and the upload goes on behind them.
+
 Nothing here is fsynced. An artifact can always be packed again from its episode, which stays until a receipt is
 durable; so the worst that a power loss can do is to cost a pack. It must not be *believed* afterwards, though:
 the manifest carries the boot id, and an artifact of another boot is digested again before it is sent
@@ -25,6 +28,15 @@ from fastship.episode import ARTIFACT_SUFFIX, Manifest
 
 PARTIAL_SUFFIX = ARTIFACT_SUFFIX + ".partial"
 MANIFEST_SUFFIX = ".manifest.json"
+UPLOAD_SUFFIX = ".upload.json"
+
+
+class UploadNote(msgspec.Struct, frozen=True):
+    """Where some of an artifact is. Of this boot only: after a power loss the file here may be less than was sent."""
+
+    url: str
+    destination: str
+    boot_id: str
 
 
 class Outbox:
@@ -46,16 +58,44 @@ class Outbox:
     def manifest(self, episode: str) -> Path:
         return self.directory / (episode + MANIFEST_SUFFIX)
 
+    def upload_note(self, episode: str) -> Path:
+        return self.directory / (episode + UPLOAD_SUFFIX)
+
     def begin(self, episode: str) -> io.FileIO:
-        """A new, empty partial, unbuffered; an older one is removed first. Raises ``OSError``."""
+        """The partial, unbuffered, at its beginning, with what an interrupted packing left of it. Raises ``OSError``.
+
+        Who writes it truncates it behind what he wrote. An upload of an older artifact is forgotten with it.
+        """
         path = self._path(episode, PARTIAL_SUFFIX)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             fd = os.open(path, flags, 0o644)
-        except FileExistsError:
-            os.unlink(path)
+        except OSError:  # not a file of ours, or not ours to write
+            durable.unlink_if_present(path)
             fd = os.open(path, flags, 0o644)
-        return io.FileIO(fd, "wb")
+        try:
+            if not os.fstat(fd).st_size:
+                self.note_upload(episode, "", "")
+        except BaseException:
+            os.close(fd)
+            raise
+        return io.FileIO(fd, "r+b")
+
+    def note_upload(self, episode: str, url: str, destination: str) -> None:
+        """Keep in mind that the upload ``url`` has some of the artifact; "": none has. Raises ``OSError``."""
+        if url:
+            note = UploadNote(url, destination, durable.boot_id())
+            durable.write_file(self.upload_note(episode), msgspec.json.encode(note), sync=False)
+        else:
+            durable.unlink_if_present(self._path(episode, UPLOAD_SUFFIX))
+
+    def find_upload(self, episode: str, destination: str) -> str:
+        """The upload at ``destination`` that has some of the artifact, or of the partial; "" where none has."""
+        try:
+            note = msgspec.json.decode(self.upload_note(episode).read_bytes(), type=UploadNote)
+        except (OSError, msgspec.MsgspecError):
+            return ""
+        return note.url if (note.destination, note.boot_id) == (destination, durable.boot_id()) else ""
 
     def commit(self, manifest: Manifest) -> Path:
         """Give the finished partial its name. A crash in between leaves a partial, and a manifest nobody reads.
@@ -92,14 +132,14 @@ class Outbox:
 
     def remove(self, episode: str) -> None:
         """Remove all files of an episode, the artifact first: a manifest alone means nothing. May be repeated."""
-        for suffix in (ARTIFACT_SUFFIX, PARTIAL_SUFFIX, MANIFEST_SUFFIX):
+        for suffix in (ARTIFACT_SUFFIX, PARTIAL_SUFFIX, MANIFEST_SUFFIX, UPLOAD_SUFFIX):
             durable.unlink_if_present(self._path(episode, suffix))
 
     def episodes(self) -> set[str]:
         """The ids that have any file here."""
         ids = set()
         for name in os.listdir(self.directory):
-            for suffix in (PARTIAL_SUFFIX, ARTIFACT_SUFFIX, MANIFEST_SUFFIX):  # .partial first: it ends otherwise
+            for suffix in (PARTIAL_SUFFIX, ARTIFACT_SUFFIX, MANIFEST_SUFFIX, UPLOAD_SUFFIX):
                 if name.endswith(suffix):
                     ids.add(name.removesuffix(suffix))
                     break

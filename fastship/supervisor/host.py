@@ -50,13 +50,17 @@ def most_threads(settings: Settings) -> int:
     limit, most = settings.host.memory_limit_bytes, thread_count(settings)
     if not limit:
         return most
-    level, frame_bytes = settings.pack.level, settings.pack.frame_bytes
-    needed = [WORKER_BYTES + pool_bytes(n, level=level, frame_bytes=frame_bytes) for n in range(1, most + 1)]
+    chosen, frame_bytes = settings.pack.level == "auto", settings.pack.frame_bytes
+    level = settings.pack.level_max if settings.pack.level == "auto" else settings.pack.level
+    needed = [
+        WORKER_BYTES + pool_bytes(threads, level=level, frame_bytes=frame_bytes, chosen=chosen)
+        for threads in range(1, most + 1)
+    ]
     fitting = sum(1 for size in needed if size <= limit)
     if not fitting:
         raise SettingsError(
             f"host.memory_limit_bytes = {format_size(limit)} is less than a worker takes with one thread at"
-            f" pack.level = {level} and pack.frame_bytes = {format_size(frame_bytes)}",
+            f" pack.level{'_max' if chosen else ''} = {level} and pack.frame_bytes = {format_size(frame_bytes)}",
             remedy=f"raise it to {-(-needed[0] >> 20)}MiB, or lower one of these",
         )
     return fitting

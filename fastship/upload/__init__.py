@@ -5,10 +5,11 @@ believed a bare status because it was told to); an attempt ends, whatever the ne
 the receiver made durable is not sent again.
 
 - `course` is the seam: what a dialect and the session say to each other
-- `native` is the dialect of fastship's own receiver; a further dialect is one more such module
+- `native` is the dialect of fastship's own receiver, `streaming` its way to send an artifact while it is packed; a
+  further dialect is one more such module
 - `verdict` is the table of what each answer and fault means
 - `probe` measures how fast the destination takes bytes, and leaves nothing there
-- `session` carries several artifacts at once in one thread; `curl` alone talks to the network
+- `session` carries several artifacts at once in one thread; `curl` alone talks to the network, `meter` measures it
 
 The worker and ``tune`` import this; it imports ``settings``, ``episode``, ``fields`` and ``errors``.
 """
@@ -19,12 +20,13 @@ import queue
 
 from fastship.episode import Verdict
 from fastship.settings import DestinationSettings, UploadSettings
-from fastship.upload.course import Artifact
+from fastship.upload.course import Artifact, Growing
 from fastship.upload.probe import LinkSpeed, LinkUnknown, measure_link
 from fastship.upload.session import OnProgress, OnVerdict, Session
 
 __all__ = [
     "Artifact",
+    "Growing",
     "LinkSpeed",
     "LinkUnknown",
     "OnProgress",

@@ -33,6 +33,14 @@ class Artifact(msgspec.Struct, frozen=True):
     path: Path
 
 
+class Growing(msgspec.Struct, frozen=True):
+    """An artifact that is sent while it is packed: what is known of it from the start."""
+
+    episode: str
+    path: Path  # of its file, while it grows
+    code_commit: str | None = None
+
+
 class Body(msgspec.Struct, frozen=True):
     """The piece of the artifact that a request sends: ``length_bytes`` from ``offset``. Length 0: an empty body."""
 
@@ -99,6 +107,26 @@ class Checked(msgspec.Struct, frozen=True):
     intact: bool
 
 
-Step: TypeAlias = Request | Wait | CheckArtifact
-Result: TypeAlias = Answer | Fault | Checked | None
+class AwaitGrowth(msgspec.Struct, frozen=True):
+    """Wait until the artifact has at least ``bytes`` that may be sent, or is whole, or is dropped: then a `Growth`."""
+
+    bytes: int
+
+
+class Growth(msgspec.Struct, frozen=True):
+    """How far an artifact is that is sent while it is being packed."""
+
+    bytes: int = 0  # of its file that will not change any more
+    manifest: Manifest | None = None  # once it is whole; ``bytes`` is all of it then
+    dropped: bool = False  # packing failed: nothing follows, and what was sent is worth nothing
+
+
+class Remember(msgspec.Struct, frozen=True):
+    """Keep the upload's URL, so that the next attempt finds what the receiver has; "": forget it. Then ``None``."""
+
+    url: str
+
+
+Step: TypeAlias = Request | Wait | CheckArtifact | AwaitGrowth | Remember
+Result: TypeAlias = Answer | Fault | Checked | Growth | None
 Course: TypeAlias = Generator[Step, Result, Verdict]

@@ -148,6 +148,11 @@ class Transfers(Generic[Key]):
         transfer = self._under_way.get(key)
         return transfer.sent_bytes() if transfer else 0
 
+    def moved_bytes(self, key: Key) -> int:
+        """Of these, what the other end has acknowledged."""
+        transfer = self._under_way.get(key)
+        return transfer.moved_bytes() if transfer else 0
+
     def cancel(self, key: Key) -> None:
         """Cut a request at once, with its connection; `poll` will not tell its end. May be repeated."""
         self._ended = [ended for ended in self._ended if ended.key != key]
@@ -358,6 +363,9 @@ class _Transfer:
 
     def sent_bytes(self) -> int:
         return int(self.easy.getinfo(pycurl.SIZE_UPLOAD_T))
+
+    def moved_bytes(self) -> int:
+        return max(0, self.sent_bytes() - self._unacknowledged_bytes())
 
     def resume(self, now: float) -> None:
         """Read on after the bandwidth limit held it; the time it was held is no stall."""

@@ -109,7 +109,7 @@ def prepare_whole(manifest: Manifest, destination: DestinationSettings, upload: 
         url=episode_url(destination, manifest.episode),
         fields=_episode_fields(manifest, destination),
         body=Body(0, manifest.artifact_bytes),
-        answer_timeout_s=answer_timeout_s(manifest, upload),
+        answer_timeout_s=answer_timeout_s(manifest.artifact_bytes, upload),
     )
 
 
@@ -125,7 +125,7 @@ def prepare_creation(manifest: Manifest, destination: DestinationSettings, uploa
             (fields.UPLOAD_LENGTH, str(manifest.artifact_bytes)),
         ),
         body=Body(),
-        answer_timeout_s=answer_timeout_s(manifest, upload),
+        answer_timeout_s=answer_timeout_s(manifest.artifact_bytes, upload),
     )
 
 
@@ -143,7 +143,7 @@ def prepare_append(manifest: Manifest, place: UploadPlace, upload: UploadSetting
             (fields.UPLOAD_COMPLETE, fields.format_boolean(length == rest)),
         ),
         body=Body(place.offset, length),
-        answer_timeout_s=answer_timeout_s(manifest, upload),
+        answer_timeout_s=answer_timeout_s(manifest.artifact_bytes, upload),
     )
 
 
@@ -153,12 +153,12 @@ def prepare_proof(manifest: Manifest, destination: DestinationSettings, upload: 
         method="HEAD",
         url=episode_url(destination, manifest.episode),
         fields=(("Want-Repr-Digest", "sha-256=10"),),
-        answer_timeout_s=answer_timeout_s(manifest, upload),
+        answer_timeout_s=answer_timeout_s(manifest.artifact_bytes, upload),
     )
 
 
-def answer_timeout_s(manifest: Manifest, upload: UploadSettings) -> float:
-    return upload.answer_timeout_s + manifest.artifact_bytes / VERIFY_BYTES_PER_S
+def answer_timeout_s(artifact_bytes: int, upload: UploadSettings) -> float:
+    return upload.answer_timeout_s + artifact_bytes / VERIFY_BYTES_PER_S
 
 
 def read_answer(request: Request, answer: Answer, most_bytes: int, known_url: str | None) -> Reading:
@@ -236,14 +236,17 @@ def _at_the_destination(base: str, location: str) -> str | None:
     return url if re.fullmatch(r"[!-~]+", url) else None
 
 
+def commit_fields(code_commit: str | None, destination: DestinationSettings) -> tuple[tuple[str, str], ...]:
+    return ((destination.commit_field, code_commit),) if code_commit else ()
+
+
 def _episode_fields(manifest: Manifest, destination: DestinationSettings) -> tuple[tuple[str, str], ...]:
-    commit = ((destination.commit_field, manifest.code_commit),) if manifest.code_commit else ()
     return (
         ("Content-Type", "application/zstd"),
         (fields.REPR_DIGEST, fields.format_digest("sha-256", manifest.artifact_sha256)),
         (fields.FASTSHIP_CONTENT_DIGEST, fields.format_digest("blake3", manifest.content_blake3)),
         (fields.FASTSHIP_CONTENT_LENGTH, str(manifest.content_bytes)),
-        *commit,
+        *commit_fields(manifest.code_commit, destination),
     )
 
 
@@ -346,7 +349,7 @@ class _NativeCourse:
             case Misbehaviour():
                 return verdict_of_misbehaviour(answer, reading.error, self._resumed_at)
             case Final() if answer.status in (200, 201, 204):
-                return (yield from self._prove(answer))
+                return (yield from prove(answer, self._manifest, self._destination, self._upload, self._resumed_at))
             case Final():
                 verdict = verdict_of_status(answer, self._resumed_at)
                 about_upload = fields.parse_boolean(answer.field(fields.UPLOAD_COMPLETE)) is False
@@ -408,26 +411,32 @@ class _NativeCourse:
         self._highest = self._resumed_at = 0
         return self._whole()  # a PUT from byte 0 drops whatever the receiver has of it
 
-    def _prove(self, answer: Answer) -> Generator[Step, Result, Verdict]:
-        """A success is believed when the receiver names what it holds, and that is ours."""
-        proof = read_proof(answer, self._manifest)
-        if not proof.receipt and not proof.other and self._destination.proof == "receipt":
-            request = prepare_proof(self._manifest, self._destination, self._upload)
-            result = yield request
-            if isinstance(result, Fault):
-                return verdict_of_fault(result, self._resumed_at)
-            assert isinstance(result, Answer), f"a request ends in an Answer or a Fault, not {result!r}"
-            if result.status == 200:
-                proof = read_proof(result, self._manifest)
-        if proof.receipt:
-            return shipped(answer, proof.receipt, self._resumed_at)
-        if proof.other:
-            error = f"status {answer.status}, but the receiver says that it holds {proof.other}, not this artifact"
-            return verdict_of_misbehaviour(answer, error, self._resumed_at)
-        if self._destination.proof == "status":
-            return shipped(answer, believed_receipt(self._manifest), self._resumed_at)
-        error = (
-            f"status {answer.status}, but the receiver names no digest of what it holds: if it never can, "
-            'set destination.proof = "status" to believe the bare status'
-        )
-        return verdict_of_misbehaviour(answer, error, self._resumed_at)
+
+def prove(
+    answer: Answer,
+    manifest: Manifest,
+    destination: DestinationSettings,
+    upload: UploadSettings,
+    resumed_at: int,
+) -> Generator[Step, Result, Verdict]:
+    """A success is believed when the receiver names what it holds, and that is ours."""
+    proof = read_proof(answer, manifest)
+    if not proof.receipt and not proof.other and destination.proof == "receipt":
+        result = yield prepare_proof(manifest, destination, upload)
+        if isinstance(result, Fault):
+            return verdict_of_fault(result, resumed_at)
+        assert isinstance(result, Answer), f"a request ends in an Answer or a Fault, not {result!r}"
+        if result.status == 200:
+            proof = read_proof(result, manifest)
+    if proof.receipt:
+        return shipped(answer, proof.receipt, resumed_at)
+    if proof.other:
+        error = f"status {answer.status}, but the receiver says that it holds {proof.other}, not this artifact"
+        return verdict_of_misbehaviour(answer, error, resumed_at)
+    if destination.proof == "status":
+        return shipped(answer, believed_receipt(manifest), resumed_at)
+    error = (
+        f"status {answer.status}, but the receiver names no digest of what it holds: if it never can, "
+        'set destination.proof = "status" to believe the bare status'
+    )
+    return verdict_of_misbehaviour(answer, error, resumed_at)

@@ -194,6 +194,17 @@ def test_an_upload_of_unknown_length_and_digest(receiver: Server) -> None:
     check_stored(receiver, "streamed", data)
 
 
+def test_a_content_digest_that_is_told_at_the_end_is_compared(receiver: Server) -> None:
+    data = make_artifact("told-late", 300_000)
+    wrong = f"blake3=:{base64.b64encode(bytes(32)).decode()}:"
+    location = receiver.request("PUT", "/v1/episodes/told-late", data, Upload_Complete="?0").headers["location"]
+    unread = receiver.append(location, b"", len(data), last=True, Fastship_Content_Digest="blake3=:?:")
+    assert (unread.status, unread.headers["upload-complete"]) == (400, "?0")
+    refused = receiver.append(location, b"", len(data), last=True, Fastship_Content_Digest=wrong)
+    assert (refused.status, refused.json()["code"]) == (422, "content-mismatch")
+    assert receiver.put("told-late", data).status == 201
+
+
 def test_lengths_that_cannot_be(receiver: Server) -> None:
     data = make_artifact("lengths", 10_000)
     location = receiver.create("lengths", data).headers["location"]

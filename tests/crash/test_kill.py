@@ -115,7 +115,11 @@ def test_killed_at_a_durable_step(make_lab: MakeLab, destination: Destination, t
 # --- at any time, either end -------------------------------------------------------------------------------------
 
 KILLS = 8
-LINE: Sections = {"upload": {"one_shot_bytes": "64kB", "bandwidth": "4MB"}, "workers": {"count": 2}}
+LINE: Sections = {
+    "upload": {"one_shot_bytes": "64kB", "stream_bytes": "128kB", "bandwidth": "4MB"},
+    "pack": {"frame_bytes": "64KiB"},
+    "workers": {"count": 2},
+}
 
 
 def test_killed_at_random_times(make_lab: MakeLab, tmp_path: Path) -> None:

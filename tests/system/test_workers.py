@@ -36,7 +36,7 @@ SLOW_LINE_BYTES = 6_000_000
 
 
 class Killer:
-    """Sends ``number`` to the worker of this process that creates the partial of ``episode``, ``times`` times."""
+    """Sends ``number`` to the worker of this process that opens the partial of ``episode``, ``times`` times."""
 
     def __init__(self, lab: Lab, episode: str, *, times: int, number: int = signal.SIGKILL) -> None:
         lab.outbox.mkdir(exist_ok=True)
@@ -45,7 +45,7 @@ class Killer:
         self._times, self._number = times, number
         self._ended = threading.Event()
         self._watch = INotify()
-        self._watch.add_watch(str(lab.outbox), flags.CREATE)
+        self._watch.add_watch(str(lab.outbox), flags.OPEN)
         self._thread = threading.Thread(target=self._run, args=(lab,))
         self._thread.start()
 

@@ -56,7 +56,7 @@ def test_the_manifest_says_what_the_artifact_is(episode: Path) -> None:
     assert manifest.content_blake3 == blake3.blake3(content).hexdigest()
     assert manifest.content_bytes == len(content)
     assert manifest.frames == -(-len(content) // 65536)
-    assert (manifest.frame_bytes, manifest.level) == (65536, 3)
+    assert (manifest.frame_bytes, manifest.levels) == (65536, {3: manifest.frames})
     assert manifest.code_commit == "ab" * 20
     assert manifest.boot_id
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:

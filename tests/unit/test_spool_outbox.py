@@ -39,12 +39,59 @@ def test_a_new_one_replaces_the_old(spool: Spool) -> None:
     assert spool.outbox.artifact("ep").read_bytes() == b"new!"
 
 
-def test_an_older_partial_is_begun_anew(spool: Spool) -> None:
-    with spool.outbox.begin("ep") as sink:
-        sink.write(b"a longer beginning")
-    with spool.outbox.begin("ep") as sink:
-        sink.write(b"short")
+def test_what_an_interrupted_packing_left_is_there_to_be_read(spool: Spool) -> None:
+    with spool.outbox.begin("ep") as file:
+        file.write(b"a longer beginning")
+    with spool.outbox.begin("ep") as file:
+        assert os.pread(file.fileno(), 100, 0) == b"a longer beginning"
+        file.write(b"short")
+        file.truncate()
     assert spool.outbox.partial("ep").read_bytes() == b"short"
+
+
+def test_what_stands_in_the_partials_place_is_replaced_or_told(spool: Spool, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(b"not ours")
+    spool.outbox.partial("ep").symlink_to(elsewhere)
+    with spool.outbox.begin("ep") as file:
+        file.write(b"ours")
+    assert elsewhere.read_bytes() == b"not ours"
+    assert spool.outbox.partial("ep").read_bytes() == b"ours"
+    spool.outbox.partial("dir").mkdir()
+    with pytest.raises(OSError, match=r"dir\.tar\.zst\.partial"):
+        spool.outbox.begin("dir")
+
+
+URL, AT = "http://there/v1/uploads/1", "http://there"
+
+
+def test_an_upload_is_remembered_for_its_destination_and_boot(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    outbox = spool.outbox
+    assert outbox.find_upload("ep", AT) == ""
+    outbox.note_upload("ep", URL, AT)
+    assert outbox.find_upload("ep", AT) == URL
+    assert outbox.find_upload("ep", "http://elsewhere") == ""
+    assert "ep" in outbox.episodes()
+    monkeypatch.setattr(durable, "boot_id", lambda: "another")
+    assert outbox.find_upload("ep", AT) == ""
+    monkeypatch.undo()
+    outbox.note_upload("ep", "", AT)
+    assert outbox.find_upload("ep", AT) == ""
+    outbox.upload_note("ep").write_bytes(b"{damaged")
+    assert outbox.find_upload("ep", AT) == ""
+    outbox.remove("ep")
+    assert outbox.episodes() == set()
+
+
+def test_an_upload_is_forgotten_with_its_partial_and_kept_with_it(spool: Spool) -> None:
+    outbox = spool.outbox
+    outbox.note_upload("ep", URL, AT)
+    with outbox.begin("ep") as file:
+        file.write(b"some")
+    assert outbox.find_upload("ep", AT) == ""
+    outbox.note_upload("ep", URL, AT)
+    outbox.begin("ep").close()
+    assert outbox.find_upload("ep", AT) == URL
     assert spool.outbox.find("ep") is None
 
 

@@ -42,11 +42,20 @@ def test_reserved_cores_are_the_first_ones_and_one_is_left(monkeypatch: pytest.M
 def test_memory_of_a_worker_bounds_its_threads() -> None:
     assert most_threads(settings(pack={"threads": 8})) == 8
     fits = module.WORKER_BYTES + pool_bytes(3, level=3, frame_bytes=8 << 20)
-    limited: dict[str, Any] = {"pack": {"threads": 8}, "host": {"memory_limit_bytes": fits}}
+    limited: dict[str, Any] = {"pack": {"threads": 8, "level": 3}, "host": {"memory_limit_bytes": fits}}
     assert most_threads(settings(**limited)) == 3
     limited["host"]["memory_limit_bytes"] = fits - 1
     assert most_threads(settings(**limited)) == 2
-    assert most_threads(settings(**limited | {"pack": {"threads": 1}})) == 1
+    assert most_threads(settings(**limited | {"pack": {"threads": 1, "level": 3}})) == 1
+
+
+def test_a_chosen_level_counts_as_its_highest_with_the_tables_of_several() -> None:
+    fits = module.WORKER_BYTES + pool_bytes(2, level=7, frame_bytes=8 << 20, chosen=True)
+    assert pool_bytes(2, level=7, frame_bytes=8 << 20) < fits - module.WORKER_BYTES
+    limited: dict[str, Any] = {"host": {"memory_limit_bytes": fits}}
+    assert most_threads(settings(pack={"threads": 8, "level": "auto", "level_max": 7}, **limited)) == 2
+    with pytest.raises(SettingsError, match=r"pack\.level_max = 19"):
+        most_threads(settings(pack={"level": "auto", "level_max": 19}, host={"memory_limit_bytes": "64MiB"}))
 
 
 def test_a_memory_limit_that_one_thread_does_not_fit_is_told_with_what_would() -> None:

@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 from fastship import fields
 from fastship.episode import Manifest, Outcome, Receipt, ReceivedArtifact, ReceivedContent, Scope, Verdict
 from fastship.settings import DestinationSettings, UploadSettings
-from fastship.upload.course import Answer, Artifact, Body, CheckArtifact, Checked, Fault, FaultKind, Request, Wait
+from fastship.upload.course import (
+    Answer,
+    Artifact,
+    Body,
+    CheckArtifact,
+    Checked,
+    Fault,
+    FaultKind,
+    Request,
+    Step,
+    Wait,
+)
 from fastship.upload.native import RESTARTS, native_upload
 
 SIZE = 1000
@@ -32,7 +43,7 @@ MANIFEST = Manifest(
     members=3,
     frames=1,
     frame_bytes=8 << 20,
-    level=3,
+    levels={3: 1},
     fingerprint="00",
     code_commit="a" * 40,
 )
@@ -44,7 +55,7 @@ RESUMABLE = msgspec.structs.replace(UPLOAD, one_shot_bytes=0)
 class Played:
     """What a course did: its requests, its waits, its checks, and its verdict."""
 
-    def __init__(self, verdict: Verdict, steps: list[Request | Wait | CheckArtifact]) -> None:
+    def __init__(self, verdict: Verdict, steps: list[Step]) -> None:
         self.verdict = verdict
         self.steps = steps
         self.requests = [step for step in steps if isinstance(step, Request)]
@@ -69,7 +80,7 @@ def play(
     course = native_upload(
         Artifact(manifest, Path("/nowhere")), destination, upload, first_attempt=first_attempt, jitter=jitter
     )
-    steps: list[Request | Wait | CheckArtifact] = []
+    steps: list[Step] = []
     result: Answer | Fault | Checked | None = None
     try:
         while True:

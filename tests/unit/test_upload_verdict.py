@@ -20,7 +20,7 @@ MANIFEST = Manifest(
     members=1,
     frames=1,
     frame_bytes=4096,
-    level=3,
+    levels={3: 1},
     fingerprint="00",
 )
 DATE = "Mon, 23 Nov 2026 13:00:00 GMT"
