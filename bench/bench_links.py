@@ -114,7 +114,8 @@ def test_backlog(benchmark: Any, corpus: Corpus, work: Path, link: Link, rate: s
     backlog = make_backlog(work / rate, scaled(LOADS[rate]), corpus)
     with start_sink(link, work / f"sink-{rate}", "receiver") as sink:
         assert isinstance(sink, Receiver)
-        drain(link, backlog, sink, "1")  # once unmeasured: bytecode is compiled, the receiver is warm
+        with piece_of(backlog, 1) as part:
+            drain(link, part, sink, "1")  # once unmeasured: bytecode is compiled, the receiver is warm
         lines = {level: measure_level(link, rate, backlog, sink, level) for level in FIXED if SCALE >= 1}
         best = tuple(sorted(lines, key=lambda level: lines[level].seconds)[:2]) or FEW[rate]
         taken: dict[str, list[Drained]] = {level: [] for level in (*best, ADAPTIVE)}

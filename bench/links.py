@@ -154,7 +154,7 @@ class Load(NamedTuple):
     episode_bytes: int
 
 
-LOADS = {"10mbit": Load(12, 10_000_000), "100mbit": Load(30, 32_000_000), "1gbit": Load(60, 100_000_000)}
+LOADS = {"10mbit": Load(10, 10_000_000), "100mbit": Load(30, 32_000_000), "1gbit": Load(60, 100_000_000)}
 FILE_BYTES = 2_000_000
 
 
