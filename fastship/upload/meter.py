@@ -9,6 +9,9 @@ from __future__ import annotations
 WINDOW_S = 0.25
 """Busy time that one measurement takes: shorter ones show the kernel's buffers and not the link."""
 
+LEAST_BYTES, LONGEST_S = 64 << 10, 2.0
+"""A window with fewer bytes goes on, for so long at most: connecting and asking first take time and move none."""
+
 GAIN = 0.5
 """Of a new measurement in the rate: three of them forget what was before."""
 
@@ -29,7 +32,8 @@ class LinkMeter:
         if self._busy:
             self._busy_s += now - self._at
             self._busy_bytes += moved_bytes - self._moved_bytes
-            if self._busy_s >= WINDOW_S:
+            moved = self._busy_bytes >= LEAST_BYTES
+            if self._busy_s >= (WINDOW_S if moved else LONGEST_S):
                 rate = max(self._busy_bytes, 1) / self._busy_s
                 self.bytes_per_s = rate if self.bytes_per_s is None else rate * GAIN + self.bytes_per_s * (1 - GAIN)
                 self._busy_s, self._busy_bytes = 0.0, 0

@@ -117,7 +117,7 @@ def test_killed_at_a_durable_step(make_lab: MakeLab, destination: Destination, t
 KILLS = 8
 LINE: Sections = {
     "upload": {"one_shot_bytes": "64kB", "stream_bytes": "128kB", "bandwidth": "4MB"},
-    "pack": {"frame_bytes": "64KiB"},
+    "pack": {"frame_bytes": "64KiB", "level": "auto"},
     "workers": {"count": 2},
 }
 

@@ -89,18 +89,31 @@ def test_a_profile_that_inherits_itself_is_refused(tmp_path: Path, monkeypatch: 
 
 
 def test_later_layers_win_and_the_origin_follows(tmp_path: Path) -> None:
-    file = write(tmp_path / "f.toml", 'profile = "throughput"\n[pack]\nframe_bytes = "2MiB"\nowner = "zero"\n')
+    file = write(tmp_path / "f.toml", 'profile = "archive"\n[pack]\nframe_bytes = "2MiB"\nowner = "zero"\n')
     loaded = load_layers(file, overrides=["pack.owner=keep"], values={"upload": {"retries": 9}})
-    assert (loaded.settings.pack.level, loaded.settings.pack.frame_bytes) == (1, 2 << 20)
+    assert (loaded.settings.pack.level, loaded.settings.pack.frame_bytes) == (18, 2 << 20)
     assert (loaded.settings.pack.owner, loaded.settings.upload.retries) == ("keep", 9)
-    assert loaded.origins["pack.level"] == "profile throughput"
+    assert loaded.origins["pack.level"] == "profile archive"
     assert loaded.origins["pack.frame_bytes"] == str(file)
     assert loaded.origins["pack.owner"] == "--set pack.owner=keep"
     assert loaded.origins["upload.retries"] == "given directly"
 
 
+def test_a_level_is_a_number_or_auto() -> None:
+    assert Settings().pack.level == Settings.load().pack.level == "auto"
+    assert Settings.load(overrides=["pack.level=auto"]).pack.level == "auto"
+    assert Settings.load(overrides=['pack.level="auto"', "pack.level_min=-3"]).pack.level_min == -3
+    assert Settings.load(overrides=["pack.level=22"]).pack.level == 22
+    for wrong in ("automatic", "23", "3.5", "true"):
+        with pytest.raises(SettingsError) as caught:
+            Settings.load(overrides=[f"pack.level={wrong}"])
+        assert caught.value.remedy == 'set pack.level to a whole number from -7 to 22 or "auto"'
+    with pytest.raises(SettingsError, match=r"pack\.level_max = 2 is less than pack\.level_min"):
+        Settings.load(overrides=["pack.level_min=3", "pack.level_max=2"])
+
+
 def test_profile_on_the_command_line_beats_the_files(tmp_path: Path) -> None:
-    file = write(tmp_path / "f.toml", 'profile = "throughput"\n')
+    file = write(tmp_path / "f.toml", 'profile = "ci"\n')
     assert Settings.load(file, profile="archive").pack.level == 18
 
 
