@@ -163,6 +163,7 @@ class Daemon:
         self._spool, self._sink = spool, sink
         self._names = (f"level-{level}-{number}" for number in itertools.count())
         values = (f"spool.root={spool}", f"destination.url={sink.url}", f"pack.level={level}", "log.level=error")
+        values += ("host.give_way=false",)  # what packs and sends alone beside it is no neighbour to give way to
         settings = [part for value in values for part in ("--set", value)]
         self._process = subprocess.Popen(
             [*link.near.prefix, *FASTSHIP, "run", "--quiet", *settings],
