@@ -4,11 +4,13 @@ Two functions carry it. `infer(facts)` recognises an episode's state from what i
 restarted supervisor has. `decide(book, event, now)` is told what happened and answers with commands; it alone
 changes the `Book`. Every change of state is one of `TRANSITIONS`, the one table of what is legal.
 
-``states`` -> ``events`` -> ``book``, ``giveway``: each imports only those before it.
+``states`` -> ``events`` -> ``book``, ``giveway`` -> ``sharing`` -> ``rules``: each imports only those before it.
 """
 
-from fastship.lifecycle.book import Book, Policy, decide, next_wake, share_cores
+from fastship.lifecycle.book import Book, Policy
 from fastship.lifecycle.giveway import GiveWay, Limits, Reading
+from fastship.lifecycle.rules import decide, next_wake
+from fastship.lifecycle.sharing import share_cores
 from fastship.lifecycle.states import CLAIMED, TRANSITIONS, Facts, State, infer
 
 __all__ = [

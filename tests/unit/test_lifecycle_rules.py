@@ -14,7 +14,8 @@ from sample import manifest_of, shipped, verdict
 from fastship.episode import Outcome, Scope, Verdict
 from fastship.lifecycle import CLAIMED, Book, Policy, State, decide, next_wake, share_cores
 from fastship.lifecycle import events as ev
-from fastship.lifecycle.book import CHANGES_BEFORE_HOLD, MEASURE_AHEAD, QUEUE_DEPTH
+from fastship.lifecycle.rules import CHANGES_BEFORE_HOLD
+from fastship.lifecycle.sharing import MEASURE_AHEAD, QUEUE_DEPTH
 
 FAULT = verdict(Outcome.TRANSIENT, Scope.DESTINATION, status=401)
 NETWORK = verdict(Outcome.TRANSIENT, Scope.NETWORK)
