@@ -35,9 +35,9 @@ TRY_EVERY = 16
 LEVEL_WITHOUT_LINK = 3
 """What "auto" is where there is no link: zstd's own default."""
 
-UNKNOWN_BYTES, UNKNOWN_LEVEL = 8 << 20, 9
-"""Measuring the link takes a quarter of a second. When so much waits before that, it is probably slow: this level keeps
-the half of a small backlog from being packed as for a fast one, and costs little where that is wrong."""
+UNKNOWN_BYTES, UNKNOWN_LEVEL = 8 << 20, 6
+"""Measuring the link takes a tenth of a second. When so much waits before that, it may be slow: this level keeps a
+small backlog from being packed as for a fast one meanwhile, and costs a frame's 80 ms where that is wrong."""
 
 _SHARED_GAIN, _OWN_GAIN = 0.3, 0.1  # what all levels share (the content, the cores) moves faster than one level's own
 _WEIGHT_LEAST, _WEIGHT_MOST = 1 / 16, 4.0

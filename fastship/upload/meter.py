@@ -6,8 +6,9 @@ as fast. Pure: the clock is the caller's. The session imports it.
 
 from __future__ import annotations
 
-WINDOW_S = 0.25
-"""Busy time that one measurement takes: shorter ones show the kernel's buffers and not the link."""
+FIRST_S, WINDOW_S = 0.1, 0.25
+"""Busy time that a measurement takes, the first one and those that follow: a shorter one shows the kernel's buffers and
+not the link, and while there is none the levels of frames are chosen without it."""
 
 LEAST_BYTES, LONGEST_S = 64 << 10, 2.0
 """A window with fewer bytes goes on, for so long at most: connecting and asking first take time and move none."""
@@ -32,8 +33,8 @@ class LinkMeter:
         if self._busy:
             self._busy_s += now - self._at
             self._busy_bytes += moved_bytes - self._moved_bytes
-            moved = self._busy_bytes >= LEAST_BYTES
-            if self._busy_s >= (WINDOW_S if moved else LONGEST_S):
+            window_s = FIRST_S if self.bytes_per_s is None else WINDOW_S
+            if self._busy_s >= (window_s if self._busy_bytes >= LEAST_BYTES else LONGEST_S):
                 rate = max(self._busy_bytes, 1) / self._busy_s
                 self.bytes_per_s = rate if self.bytes_per_s is None else rate * GAIN + self.bytes_per_s * (1 - GAIN)
                 self._busy_s, self._busy_bytes = 0.0, 0

@@ -54,10 +54,10 @@ PROGRESS_S = 0.2
 """Progress of an artifact is told at most this often: a display's pace."""
 
 METER_S = 0.1
-"""How often the link is measured while a large body is sent."""
+"""How often the link is measured while something is sent."""
 
-METERED_BYTES = 1 << 20
-"""A body of less is gone before the link shows: it would tell of the receiver's answer."""
+METERED_BYTES, METERED_S = 1 << 20, 0.05
+"""A body of less that is gone sooner does not show the link: it would tell of the receiver's answer."""
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the episode, the artifact's bytes that the receiver has or was sent, and all its bytes."""
@@ -297,6 +297,7 @@ class Session:
             match step:
                 case Request():
                     passage.sending_bytes = step.body.length_bytes if step.body else 0
+                    passage.sending_since = time.monotonic()
                     if step.body is not None:
                         passage.offset = passage.done_bytes = step.body.offset
                     self._transfers.start(passage, step, passage.fd)
@@ -358,19 +359,20 @@ class Session:
         dues = [waiting.due for waiting in self._waits[:1]]
         if self._on_progress is not None:
             dues += [passage.progress_due for passage in self._under_way if passage.sending_bytes]
-        if any(passage.sending_bytes >= METERED_BYTES for passage in self._under_way):
+        if any(passage.sending_bytes for passage in self._under_way):
             dues.append(now + METER_S)
         return max(0.0, min(dues) - now) if dues else None
 
     def _measure(self) -> None:
-        moved_bytes, busy = self._moved_bytes, False
+        now, moved_bytes, busy = time.monotonic(), self._moved_bytes, False
         for passage in self._under_way:
-            if passage.sending_bytes >= METERED_BYTES:
+            long = passage.sending_bytes >= METERED_BYTES or now - passage.sending_since >= METERED_S
+            if passage.sending_bytes and long:
                 moved = self._transfers.moved_bytes(passage)
                 passage.done_bytes = passage.offset + moved
                 moved_bytes += moved
                 busy |= moved < passage.sending_bytes
-        self._meter.sample(time.monotonic(), moved_bytes, busy)
+        self._meter.sample(now, moved_bytes, busy)
 
     def _tell_progress(self) -> None:
         if self._on_progress is None:
@@ -403,6 +405,7 @@ class _Passage:
         self.sent_bytes = 0  # in all requests that ended
         self.offset = 0  # where the body under way began
         self.sending_bytes = 0  # of the body under way
+        self.sending_since = 0.0
         self.done_bytes = 0  # that the receiver has, as far as is known
         self.progress_due = 0.0
         self.told_bytes = -1

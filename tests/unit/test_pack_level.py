@@ -98,7 +98,7 @@ class Pipeline:
 
     def _send(self, seconds: float) -> None:
         rate = self._link(self.now)
-        if self.waiting and self.now > 0.3:
+        if self.waiting and self.now > 0.15:
             self.rate = rate
         sent = min(self.waiting, rate * seconds)
         self.now += seconds if self.waiting > sent or seconds != 0.05 else sent / rate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastship.upload.meter import WINDOW_S, LinkMeter
+from fastship.upload.meter import FIRST_S, LinkMeter
 
 KILO = 1000
 
@@ -12,10 +12,10 @@ KILO = 1000
 def test_nothing_is_known_before_a_window_of_busy_time() -> None:
     meter = LinkMeter()
     meter.sample(0.0, 0, busy=True)
-    meter.sample(WINDOW_S * 0.9, 900 * KILO, busy=True)
+    meter.sample(FIRST_S * 0.9, 900 * KILO, busy=True)
     assert meter.bytes_per_s is None
-    meter.sample(WINDOW_S, 1000 * KILO, busy=True)
-    assert meter.bytes_per_s == pytest.approx(1000 * KILO / WINDOW_S)
+    meter.sample(FIRST_S, 1000 * KILO, busy=True)
+    assert meter.bytes_per_s == pytest.approx(1000 * KILO / FIRST_S)
 
 
 def test_a_connection_that_is_being_made_says_nothing_of_the_link() -> None:
