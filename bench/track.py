@@ -43,7 +43,7 @@ from fastship.spool import Spool
 from fastship.upload import Artifact, ship
 
 BASELINE = Path(__file__).with_name("baseline.json")
-LEAST_TOLERANCE = 0.10
+LEAST_TOLERANCE = 0.20  # two kinds of CPU differ by a tenth: only a loss that no machine makes counts
 MARGIN = 1.5  # with the repeats: a loss must be lower three times running than ever seen, by half as much again
 REPEATS = 2
 ROUNDS = 5

@@ -113,6 +113,7 @@ class _Rounds:
                 if peer.name in missing or (peer.slow == "level" and number):
                     continue
                 piece = self._pieces[peer.slow]
+                piece.warm()
                 try:
                     one = peer.deliver(piece, self._sinks, self._work)
                 except Missing as why:

@@ -22,6 +22,12 @@ class Backlog(NamedTuple):
     def episodes(self) -> Path:
         return self.spool / "episodes"
 
+    def warm(self) -> None:
+        """Read everything once: some programs take what they read out of the page cache (borg does)."""
+        for path in self.episodes.glob("**/*"):
+            if path.is_file():
+                path.read_bytes()
+
     def restore(self) -> None:
         """What a run moved to ``shipped/`` goes back, what else it made goes away."""
         shipped = self.spool / "shipped"
