@@ -44,6 +44,7 @@ from fastship.upload import Artifact, ship
 
 BASELINE = Path(__file__).with_name("baseline.json")
 LEAST_TOLERANCE = 0.20  # two kinds of CPU differ by a tenth: only a loss that no machine makes counts
+MOSTLY_KERNEL = {"receiver": 0.40, "upload": 0.40}  # pages and sockets: the same commit went from 0.40 to 0.69 here
 MARGIN = 1.5  # with the repeats: a loss must be lower three times running than ever seen, by half as much again
 REPEATS = 2
 ROUNDS = 5
@@ -107,7 +108,9 @@ class Stage:
             self._ship_once(packed, destination)
             before = receiver.cpu_s()
             for _ in range(2 * ROUNDS):  # the sum of all rounds: the kernel counts another process in ticks of 10 ms
-                loops.append(measure.metered(lambda: bench_receiver.plain_loop(packed, root / "loop"))[0].cpu_s)
+                # A new file each time, as the receiver makes: pages used before cost half as much.
+                target = root / f"loop{next(self._names)}"
+                loops.append(measure.metered(lambda: bench_receiver.plain_loop(packed, target))[0].cpu_s)
                 self._ship_once(packed, destination)
             used = receiver.cpu_s() - before
         shutil.rmtree(root)
@@ -218,7 +221,11 @@ def _update(ratios: dict[str, Callable[[], float]], runs: int, facts: dict[str, 
         **facts,
         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "ratios": {
-            name: {"value": statistics.median(values), "tolerance": tolerance(values), "runs": values}
+            name: {
+                "value": statistics.median(values),
+                "tolerance": max(tolerance(values), MOSTLY_KERNEL.get(name, 0.0)),
+                "runs": values,
+            }
             for name, values in measured.items()
         },
     }
