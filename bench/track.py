@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import shutil
@@ -110,7 +111,7 @@ class Stage:
             for _ in range(2 * ROUNDS):  # the sum of all rounds: the kernel counts another process in ticks of 10 ms
                 # A new file each time, as the receiver makes: pages used before cost half as much.
                 target = root / f"loop{next(self._names)}"
-                loops.append(measure.metered(lambda: bench_receiver.plain_loop(packed, target))[0].cpu_s)
+                loops.append(measure.metered(functools.partial(bench_receiver.plain_loop, packed, target))[0].cpu_s)
                 self._ship_once(packed, destination)
             used = receiver.cpu_s() - before
         shutil.rmtree(root)
