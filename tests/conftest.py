@@ -42,3 +42,11 @@ def make_lab(tmp_path: Path) -> MakeLab:
 def lab(make_lab: MakeLab, destination: Destination) -> Lab:
     """A spool that ships to the scripted server."""
     return make_lab(destination.url)
+
+
+@pytest.fixture
+def own_receiver(tmp_path: Path) -> Iterator[Receiver]:
+    """One of this test alone: to be killed, or to be looked into."""
+    process = Receiver(tmp_path / "store")
+    yield process
+    process.close()

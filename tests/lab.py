@@ -12,6 +12,7 @@ import hashlib
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import psutil
+import pytest
 
 from fastship import PassResult, Settings, Shipper, status
 from fastship.episode import ARTIFACT_SUFFIX, MARKER
@@ -501,3 +503,27 @@ class Wire:
             thread.join()
         for end in self._open:
             end.close()
+
+
+# --- what came of it -------------------------------------------------------------------------------------------------
+
+
+def results(lab: Lab) -> dict[str, status.EpisodeResult]:
+    snapshot = lab.snapshot()
+    assert snapshot is not None
+    return {one.episode: one for one in snapshot.recent if one.outcome == "shipped"}
+
+
+def read_back(receiver: Receiver, episode: str, target: Path, *, stock: bool = True) -> dict[str, object]:
+    """What is stored at the receiver, extracted: by ``zstd -d | tar x``, or by ``fastship extract``."""
+    target.mkdir(exist_ok=True)
+    artifact = receiver.artifact(episode)
+    if stock:
+        if not (shutil.which("zstd") and shutil.which("tar")):
+            pytest.skip("no zstd and tar programs here")
+        with subprocess.Popen(["zstd", "-dcq", artifact], stdout=subprocess.PIPE) as unpacking:
+            subprocess.run(["tar", "xpf", "-", "-C", target], stdin=unpacking.stdout, check=True)
+        assert unpacking.returncode == 0
+    else:
+        subprocess.run(fastship("extract", artifact, "-C", target, "--quiet"), check=True)
+    return tree(target / episode)

@@ -9,11 +9,10 @@ import random
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-from lab import Daemon, Lab, Receiver, Sections, Wire, fastship, noise, tree, wait_until
+from lab import Daemon, Lab, Receiver, Sections, Wire, fastship, noise, read_back, results, tree, wait_until
 
 from fastship import Shipper, status
 from fastship.episode import MARKER
@@ -23,19 +22,6 @@ MakeLab = Callable[..., Lab]
 PATIENT: Sections = {"upload": {"one_shot_bytes": 0, "retries": 30, "retry_min_s": "50ms", "retry_max_s": "300ms"}}
 SLOW: Sections = {"upload": {**PATIENT["upload"], "bandwidth": "3MB"}}
 ARTIFACT_BYTES = 6_000_000
-
-
-@pytest.fixture
-def own_receiver(tmp_path: Path) -> Iterator[Receiver]:
-    """One to be killed."""
-    with contextlib.closing(Receiver(tmp_path / "store")) as process:
-        yield process
-
-
-def results(lab: Lab) -> dict[str, status.EpisodeResult]:
-    snapshot = lab.snapshot()
-    assert snapshot is not None
-    return {one.episode: one for one in snapshot.recent if one.outcome == "shipped"}
 
 
 def test_killed_receiver(make_lab: MakeLab, own_receiver: Receiver) -> None:
@@ -92,21 +78,6 @@ def test_receiver_that_is_down_at_first(make_lab: MakeLab, own_receiver: Receive
         own_receiver.start()
         wait_until(lambda: len(lab.names("shipped")) == 5, "the queue")
         assert daemon.stop().fatal == 0
-
-
-def read_back(receiver: Receiver, episode: str, target: Path, *, stock: bool = True) -> dict[str, object]:
-    """What is stored at the receiver, extracted: by ``zstd -d | tar x``, or by ``fastship extract``."""
-    target.mkdir(exist_ok=True)
-    artifact = receiver.artifact(episode)
-    if stock:
-        if not (shutil.which("zstd") and shutil.which("tar")):
-            pytest.skip("no zstd and tar programs here")
-        with subprocess.Popen(["zstd", "-dcq", artifact], stdout=subprocess.PIPE) as unpacking:
-            subprocess.run(["tar", "xpf", "-", "-C", target], stdin=unpacking.stdout, check=True)
-        assert unpacking.returncode == 0
-    else:
-        subprocess.run(fastship("extract", artifact, "-C", target, "--quiet"), check=True)
-    return tree(target / episode)
 
 
 def real_files(count: int) -> list[Path]:

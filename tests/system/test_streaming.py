@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 from lab import (
     Command,
     Daemon,
@@ -19,13 +16,13 @@ from lab import (
     Receiver,
     Wire,
     noise,
+    read_back,
+    results,
     telemetry,
     tree,
     wait_until,
     workers_of,
 )
-
-from fastship import status
 
 MakeLab = Callable[..., Lab]
 
@@ -33,26 +30,6 @@ SMALL_FRAMES: dict[str, Any] = {"frame_bytes": "256KiB", "level": 3}
 SLOW: dict[str, Any] = {"frame_bytes": "256KiB", "level": 15}
 UPLOAD: dict[str, Any] = {"stream_bytes": "64KiB", "retries": 30, "retry_min_s": "50ms", "retry_max_s": "300ms"}
 EPISODE_BYTES = 16_000_000
-
-
-@pytest.fixture
-def own_receiver(tmp_path: Path) -> Iterator[Receiver]:
-    """One whose uploads are all of this test."""
-    with contextlib.closing(Receiver(tmp_path / "store")) as process:
-        yield process
-
-
-def results(lab: Lab) -> dict[str, status.EpisodeResult]:
-    snapshot = lab.snapshot()
-    assert snapshot is not None
-    return {one.episode: one for one in snapshot.recent if one.outcome == "shipped"}
-
-
-def read_back(receiver: Receiver, episode: str, into: Path) -> Any:
-    into.mkdir()
-    command = 'zstd -dc "$0" | tar -x -C "$1"'
-    subprocess.run(["bash", "-c", command, receiver.artifact(episode), into], check=True)
-    return tree(into / episode)
 
 
 def test_it_arrives_while_it_is_packed(make_lab: MakeLab, own_receiver: Receiver) -> None:
@@ -71,7 +48,7 @@ def test_it_arrives_while_it_is_packed(make_lab: MakeLab, own_receiver: Receiver
     assert seen == [["ep1.tar.zst.partial", "ep1.upload.json"]]
     assert result.shipped == 1
     assert lab.names("outbox") == []
-    assert read_back(own_receiver, "ep1", lab.root.parent / "back") == before
+    assert read_back(own_receiver, "ep1", lab.root.parent / "back", stock=False) == before
 
 
 def test_a_killed_worker_packs_only_what_was_not_packed(make_lab: MakeLab, own_receiver: Receiver) -> None:
@@ -93,7 +70,7 @@ def test_a_killed_worker_packs_only_what_was_not_packed(make_lab: MakeLab, own_r
     assert results(lab)["ep1"].resumed_at > 500_000
     whole = own_receiver.artifact("ep1").read_bytes()
     assert whole.startswith(partial[: len(partial) * 9 // 10])  # all but a frame that was not whole
-    assert read_back(own_receiver, "ep1", lab.root.parent / "back") == before
+    assert read_back(own_receiver, "ep1", lab.root.parent / "back", stock=False) == before
     assert lab.names("outbox") == []
 
 
@@ -108,7 +85,7 @@ def test_an_episode_that_changed_meanwhile_begins_anew(make_lab: MakeLab, own_re
     before = tree(directory)
     assert lab.once({"pack": SMALL_FRAMES}).shipped == 1
     assert results(lab)["ep1"].resumed_at == 0
-    assert read_back(own_receiver, "ep1", lab.root.parent / "back") == before
+    assert read_back(own_receiver, "ep1", lab.root.parent / "back", stock=False) == before
 
 
 def test_a_receiver_that_is_killed_costs_no_byte_twice(make_lab: MakeLab, own_receiver: Receiver) -> None:
@@ -125,7 +102,7 @@ def test_a_receiver_that_is_killed_costs_no_byte_twice(make_lab: MakeLab, own_re
     assert lab.once().shipped == 1
     thread.join()
     assert results(lab)["ep1"].resumed_at > 4_000_000
-    assert read_back(own_receiver, "ep1", lab.root.parent / "back") == before
+    assert read_back(own_receiver, "ep1", lab.root.parent / "back", stock=False) == before
 
 
 def test_a_cut_line_is_taken_up_again(make_lab: MakeLab, receiver: Receiver) -> None:
@@ -135,7 +112,7 @@ def test_a_cut_line_is_taken_up_again(make_lab: MakeLab, receiver: Receiver) -> 
         assert lab.once().shipped == 1
         assert wire.cuts == 1
     assert results(lab)["streamcut"].resumed_at > 0
-    assert read_back(receiver, "streamcut", lab.root.parent / "back") == before
+    assert read_back(receiver, "streamcut", lab.root.parent / "back", stock=False) == before
 
 
 def test_an_episode_that_changes_under_its_packing_leaves_nothing(make_lab: MakeLab, own_receiver: Receiver) -> None:
@@ -156,6 +133,6 @@ def test_an_episode_that_changes_under_its_packing_leaves_nothing(make_lab: Make
         wait_until(lambda: lab.names("shipped") == ["ep1"], "the next attempt")
         result = daemon.stop()
     assert (result.shipped, result.transient_failures) == (1, 1)
-    assert read_back(own_receiver, "ep1", lab.root.parent / "back") == tree(lab.shipped / "ep1")
+    assert read_back(own_receiver, "ep1", lab.root.parent / "back", stock=False) == tree(lab.shipped / "ep1")
     assert list(own_receiver.root.glob("uploads/*.part")) == []
     assert lab.names("outbox") == []
