@@ -1,7 +1,7 @@
 # make demo    see fastship work on this machine (makes its own .venv first)
 # make test    all tests that need nothing but PyPI
 # make check   formatting, lints, types, layers
-# make crash   only the crash tests
+# make crash   every fault that the tests of tests/crash know, into docs/reliability.md (FASTSHIP_FAULTS=0.1: a tenth)
 # make bench   benchmarks of this checkout, on this machine
 # make bench-peers   fastship beside other programs, into docs/benchmarks.md (needs nginx: see bench/README.md)
 #
@@ -31,8 +31,13 @@ check: $(VENV)/.dev-ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+crash: export PYTHONDONTWRITEBYTECODE = 1
+crash: export FASTSHIP_FAULTS ?= 1
+crash: export FASTSHIP_COUNTS ?= $(CURDIR)/.counts
 crash: $(VENV)/.dev-ready
-	$(BIN)/pytest tests/crash
+	rm -rf "$(FASTSHIP_COUNTS)"
+	$(BIN)/pytest -n 3 --dist worksteal tests/crash
+	@[ "$(FASTSHIP_FAULTS)" != 1 ] || $(BIN)/python tests/report.py "$(FASTSHIP_COUNTS)" docs/reliability.md
 
 bench: $(VENV)/.dev-ready
 	$(BIN)/pytest bench -o python_files='bench_*.py' --benchmark-only

@@ -6,10 +6,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 from lab import Destination, Lab, Receiver
 
 MakeLab = Callable[..., Lab]
+
+
+def pytest_report_header() -> str:
+    return f"FASTSHIP_FAULTS={faults.SHARE} FASTSHIP_SEED={faults.SEED}"
 
 
 @pytest.fixture

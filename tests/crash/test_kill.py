@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import os
-import random
 import shutil
 import signal
 import subprocess
@@ -19,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import faults
 import msgspec
 import pytest
 import zstandard
@@ -124,9 +123,7 @@ LINE: Sections = {
 
 def test_killed_at_random_times(make_lab: MakeLab, tmp_path: Path) -> None:
     """The supervisor, or a worker, or the receiver, again and again over the same spool."""
-    seed = int(os.environ.get("FASTSHIP_SEED", "0")) or random.SystemRandom().randrange(1 << 32)
-    print(f"FASTSHIP_SEED={seed}")
-    chance = random.Random(seed)
+    chance = faults.chance("kill at random times")
     with contextlib.closing(Receiver(tmp_path / "store")) as receiver:
         lab = make_lab(receiver.url)
         before = {}
