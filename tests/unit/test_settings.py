@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastship import settings as module
 from fastship.errors import EXIT_SETTINGS, SettingsError
 from fastship.settings import Settings, find_settings_file, load_layers
+from fastship.settings import layers as module
 
 CONF = Path(__file__).parents[2] / "conf"
 
