@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastship.errors import EXIT_SETTINGS, SettingsError
-from fastship.settings import Settings, find_settings_file, load_layers
-from fastship.settings import layers as module
+from fastship.settings import Settings, find_settings_file, layers, load_layers, units
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -66,7 +65,7 @@ def test_every_setting_has_a_comment_of_its_group() -> None:
 @pytest.mark.parametrize("name", ["throughput", "balanced", "archive", "lowmem", "ci", "default"])
 def test_every_profile_loads(name: str) -> None:
     assert isinstance(Settings.load(profile=name), Settings)
-    assert name in module.profile_names()
+    assert name in layers.profile_names()
 
 
 def test_a_profile_inherits_and_says_which_values_are_its_own() -> None:
@@ -80,7 +79,7 @@ def test_a_profile_that_inherits_itself_is_refused(tmp_path: Path, monkeypatch: 
     write(tmp_path / "default.toml", "")
     write(tmp_path / "a.toml", 'inherits = "b"\n')
     write(tmp_path / "b.toml", 'inherits = "a"\n')
-    monkeypatch.setattr(module, "_conf", lambda: tmp_path)
+    monkeypatch.setattr(layers, "_conf", lambda: tmp_path)
     with pytest.raises(SettingsError, match="inherits itself"):
         Settings.load(profile="a")
 
@@ -177,36 +176,36 @@ def test_search_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @given(st.integers(min_value=0, max_value=1 << 60))
 def test_a_formatted_size_is_read_back(size: int) -> None:
-    assert module.parse_size(module.format_size(size)) == size
+    assert units.parse_size(units.format_size(size)) == size
 
 
 @given(st.integers(min_value=0, max_value=10**12).map(lambda ms: ms / 1000))
 def test_a_formatted_duration_is_read_back(seconds: float) -> None:
-    assert module.parse_duration(module.format_duration(seconds)) == pytest.approx(seconds, rel=1e-9)
+    assert units.parse_duration(units.format_duration(seconds)) == pytest.approx(seconds, rel=1e-9)
 
 
 @pytest.mark.parametrize(("size", "text"), [(0, "0"), (8 << 20, "8MiB"), (64000, "64000"), (1 << 40, "1TiB")])
 def test_format_size(size: int, text: str) -> None:
-    assert module.format_size(size) == text
+    assert units.format_size(size) == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.0, "0s"), (0.5, "500ms"), (90.0, "90s"), (300.0, "5min"), (7200.0, "2h")]
 )
 def test_format_duration(seconds: float, text: str) -> None:
-    assert module.format_duration(seconds) == text
+    assert units.format_duration(seconds) == text
 
 
 @pytest.mark.parametrize("text", ["", "8 mib", "MiB", "-1", "1iB", "1e9", "8MiB 2", "0.1", "\u0661"])
 def test_not_a_size(text: str) -> None:
     with pytest.raises(ValueError, match="MiB"):
-        module.parse_size(text)
+        units.parse_size(text)
 
 
 @pytest.mark.parametrize("text", ["", "s", "-1s", "1 m", "inf", "5 minutes", "1e3"])
 def test_not_a_duration(text: str) -> None:
     with pytest.raises(ValueError, match="30s"):
-        module.parse_duration(text)
+        units.parse_duration(text)
 
 
 # -- mistakes ------------------------------------------------------------------------------------------------
