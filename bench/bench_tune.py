@@ -1,16 +1,18 @@
 """What `fastship tune` predicts, beside what `fastship once` then delivers of the same episodes on the same host.
 
-To nginx, where the cores hold back; and to fastship's own receiver with a bandwidth limit, where the link does.
-Delivered is the command's own figure, without its start. Predicted over delivered is to be within 20 % of 1, at scale 1
-and on a quiet machine: at 0.1 a backlog is over before its rate is steady.
+To nginx, where the cores hold back; and to fastship's own receiver with a bandwidth limit or over a link of a known
+rate (bench/links.py), where that does. Delivered is the command's own figure, without its start. Predicted over
+delivered is to be within 20 % of 1, at scale 1 and on a quiet machine: at 0.1 a backlog is over before its rate is
+steady.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -18,6 +20,7 @@ from bench import measure
 from bench.compare import ROUNDS, SCALE, note
 from bench.conftest import Named
 from bench.corpus import Corpus
+from bench.links import Link, LinkMissing, start_sink
 from bench.measure import Cost
 from bench.peers import backlog
 from bench.peers.programs import FASTSHIP, fastship_command
@@ -25,26 +28,54 @@ from bench.servers import Nginx, Receiver
 
 pytestmark = pytest.mark.timeout(0)
 
-BANDWIDTH_BYTES_PER_S = 20_000_000
+WAYS = (("large", "nginx"), ("small", "nginx"), ("small", "limited"), ("small", "200mbit"), ("large", "20mbit"))
+LIMIT = "upload.bandwidth=20MB"
 SECONDS = 15 if SCALE >= 1 else 8
 SCALES = {"large": max(SCALE, 0.4), "small": 5 * SCALE}  # a GB each at scale 1: seconds of work
+LINK_SCALES = {"20mbit": 0.3, "200mbit": 1.0}  # of those
 
 
-@pytest.mark.parametrize(("shape", "to"), [("large", "nginx"), ("small", "nginx"), ("small", "limited")])
-def test_prediction(
-    benchmark: Any, corpus: Corpus, nginx: Nginx, receiver: Receiver, work: Path, fresh: Named, shape: str, to: str
-) -> None:
-    waiting = backlog.make(work / fresh(shape + to), shape, SCALES[shape], corpus)
-    sink: Nginx | Receiver = nginx if to == "nginx" else receiver
-    values = ["destination.proof=status"] if to == "nginx" else [f"upload.bandwidth={BANDWIDTH_BYTES_PER_S}"]
-    tune = [*FASTSHIP, "tune", "--json", "--quiet", "--from", str(waiting.episodes), "--seconds", str(SECONDS)]
-    for value in (f"spool.root={waiting.spool}", f"destination.url={sink.url}", *values):
+class Way(NamedTuple):
+    """Where episodes go, what a command there begins with, and the settings that belong to it."""
+
+    sink: Nginx | Receiver
+    prefix: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()
+
+
+@pytest.fixture
+def way(request: pytest.FixtureRequest, work: Path, fresh: Named) -> Iterator[Way]:
+    """Skips, with the reason, where none can be made."""
+    to: str = request.param
+    if to == "nginx":
+        yield Way(request.getfixturevalue("nginx"), values=("destination.proof=status",))
+    elif to == "limited":
+        yield Way(request.getfixturevalue("receiver"), values=(LIMIT,))
+    else:
+        try:
+            with Link(to) as link, start_sink(link, work / fresh(to), "receiver") as sink:
+                yield Way(sink, link.near.prefix)
+        except LinkMissing as why:
+            pytest.skip(str(why))
+
+
+@pytest.mark.parametrize(
+    ("shape", "to", "way"),
+    [(shape, to, to) for shape, to in WAYS],
+    indirect=["way"],
+    ids=[f"{shape}-{to}" for shape, to in WAYS],
+)
+def test_prediction(benchmark: Any, corpus: Corpus, work: Path, fresh: Named, shape: str, to: str, way: Way) -> None:
+    waiting = backlog.make(work / fresh(shape + to), shape, SCALES[shape] * LINK_SCALES.get(to, 1.0), corpus)
+    tune = [*way.prefix, *FASTSHIP, "tune", "--json", "--quiet"]
+    tune += ["--from", str(waiting.episodes), "--seconds", str(SECONDS)]
+    for value in (f"spool.root={waiting.spool}", f"destination.url={way.sink.url}", *way.values):
         tune += ["--set", value]
     reports: list[dict[str, Any]] = []
 
     def drain() -> Cost:
-        sink.empty()
-        cost, out = measure.run(fastship_command(waiting, sink.url, *values, *chosen))
+        way.sink.empty()
+        cost, out = measure.run([*way.prefix, *fastship_command(waiting, way.sink.url, *way.values, *chosen)])
         reports.append(json.loads(out))
         assert reports[-1]["shipped"] == waiting.episode_count
         waiting.restore()

@@ -22,6 +22,7 @@ from fastship.upload import LinkSpeed, LinkUnknown
 
 LEVELS = (1, 2, 3, 4, 6, 9, 12, 15, 19)
 _CONNECTIONS = (1, 4, 8)
+_LINK_S = 1.5  # some appends of each connection: with fewer a slow link looks up to a third faster than it is
 _FRAME_DIVISORS = (1, 2, 4)
 _BETTER = 0.03  # by so much another frame size must be: less than that is the sample's doing
 
@@ -92,7 +93,7 @@ def _measure_link(survey: Survey, commit: str | None) -> tuple[LinkSpeed | LinkU
     """The destination's rate, and the fewest connections at once that come near its best."""
     found: dict[int, LinkSpeed] = {}
     for connections in _CONNECTIONS:
-        one = survey.link(survey.seconds / 30, connections, commit)
+        one = survey.link(max(_LINK_S, survey.seconds / 20), connections, commit)
         if isinstance(one, LinkUnknown):
             return one, 1
         found[connections] = one

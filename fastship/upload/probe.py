@@ -16,8 +16,8 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Generator
-from typing import TypeAlias
+from collections.abc import Generator, Sequence
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 
@@ -83,14 +83,26 @@ def measure_link(
         os.close(data_fd)
 
 
+class _Append(NamedTuple):
+    """Taken by the receiver between two times of the monotonic clock."""
+
+    began: float
+    ended: float
+    size_bytes: int
+
+    def within(self, began: float, ended: float) -> float:
+        """Bytes of it between two other times, if it went evenly."""
+        common_s = min(self.ended, ended) - max(self.began, began)
+        return self.size_bytes * max(0.0, common_s) / (self.ended - self.began)
+
+
 class _Line:
     """One connection's upload: where it is, and what was taken in how much time."""
 
     def __init__(self) -> None:
         self.asked = False  # for an upload, which may exist then
         self.place: UploadPlace | None = None
-        self.taken_bytes = 0  # since the rate has settled
-        self.began = self.ended = 0.0
+        self.taken: list[_Append] = []  # since the rate has settled
         self.sent_bytes = 0
 
 
@@ -122,12 +134,12 @@ class _Probe:
             cpu = time.process_time() - cpu
         if self._failed is not None:
             return self._failed
-        lines = [line for line in self._lines.values() if line.taken_bytes]
+        lines = [line.taken for line in self._lines.values() if line.taken]
         if not lines:
             return LinkUnknown(f"it took nothing within {seconds + _LATE_S:.0f} s")
         sent = sum(line.sent_bytes for line in self._lines.values())
         return LinkSpeed(
-            bytes_per_s=sum(line.taken_bytes / (line.ended - line.began) for line in lines),
+            bytes_per_s=_rate(lines),
             connections=connections,
             sent_bytes=sent,
             cpu_s_per_byte=cpu / sent,
@@ -198,7 +210,7 @@ class _Probe:
         line.place = self._place(request, answer, 0, None) if answer else None
         line.asked = line.place is not None
         length, rate = _FIRST_APPEND_BYTES, 0.0
-        while line.place is not None and not (line.taken_bytes and self._is_enough(line, deadline)):
+        while line.place is not None and not (line.taken and self._is_enough(line, deadline)):
             length = min(length, line.place.append_limit_bytes or length)
             request = _append(line.place, length, self._timeout_s)
             started = time.monotonic()
@@ -206,11 +218,10 @@ class _Probe:
             place = self._place(request, answer, line.place.offset + length, line.place.url) if answer else None
             if place is None:
                 return
-            line.place, line.ended = place, time.monotonic()
-            before, rate = rate, length / (line.ended - started)
-            if line.taken_bytes or rate < _SETTLED * before or self._is_enough(line, deadline):
-                line.began = line.began or started
-                line.taken_bytes += length
+            line.place, done = place, _Append(started, time.monotonic(), length)
+            before, rate = rate, length / (done.ended - done.began)
+            if line.taken or rate < _SETTLED * before or self._is_enough(line, deadline):
+                line.taken.append(done)
             length = max(_FIRST_APPEND_BYTES, min(_DATA_BYTES, int(rate * APPEND_S)))
 
     def _is_enough(self, line: _Line, deadline: float) -> bool:
@@ -235,6 +246,17 @@ class _Probe:
         odd = f"status {answer.status} does not say where the upload stands"
         self._failed = LinkUnknown(reading.error if isinstance(reading, Misbehaviour) else odd)
         return None
+
+
+def _rate(lines: Sequence[Sequence[_Append]]) -> float:
+    """Bytes a second of all lines together, while all were at it.
+
+    Not the sum of each one's own rate: who is alone on the link at the beginning or the end has all of it for himself.
+    """
+    began, ended = max(line[0].began for line in lines), min(line[-1].ended for line in lines)
+    if ended <= began:  # one had ended before another had settled: they shared the link all the same
+        began, ended = min(line[0].began for line in lines), max(line[-1].ended for line in lines)
+    return sum(append.within(began, ended) for line in lines for append in line) / (ended - began)
 
 
 def _append(place: UploadPlace, length: int, timeout_s: float) -> Request:

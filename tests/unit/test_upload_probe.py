@@ -10,6 +10,7 @@ from lab import Destination, Receiver
 
 from fastship.settings import DestinationSettings, UploadSettings
 from fastship.upload import LinkSpeed, LinkUnknown, measure_link
+from fastship.upload.probe import _Append, _rate
 
 UPLOAD = UploadSettings(retries=0, answer_timeout_s=5.0, stall_timeout_s=5.0)
 SECONDS = 0.3
@@ -102,3 +103,12 @@ def test_an_interrupted_measuring_takes_its_uploads_back(receiver: Receiver, mon
     with pytest.raises(KeyboardInterrupt):
         measure_link(destination(receiver), UPLOAD, connections=2, seconds=SECONDS, code_commit="a" * 40)
     assert_empty(receiver)
+
+
+def test_lines_are_counted_while_all_of_them_share_the_link() -> None:
+    """Two connections on 1 MB/s: alone for 2 s, both for 4 s, the other alone for 2 s."""
+    first = [_Append(0, 2, 2_000_000), _Append(2, 6, 2_000_000)]
+    second = [_Append(2, 6, 2_000_000), _Append(6, 8, 2_000_000)]
+    assert _rate([first, second]) == pytest.approx(1e6)
+    assert _rate([first]) == pytest.approx(4e6 / 6)
+    assert _rate([[_Append(0, 2, 2_000_000)], [_Append(2, 4, 2_000_000)]]) == pytest.approx(1e6)
