@@ -42,6 +42,7 @@ class EpisodeProgress(msgspec.Struct, frozen=True, kw_only=True):
     done_bytes: int = 0  # of the tar stream while packing, of the artifact while shipping
     total_bytes: int = 0  # 0: not known yet
     seconds: float = 0.0  # in this stage
+    still_s: float = 0.0  # for so long no byte of it was read
 
 
 class EpisodeResult(msgspec.Struct, frozen=True, kw_only=True):

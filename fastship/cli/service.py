@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fastship.settings import LoadedSettings, Settings
 
 _TO_SHIP = ("spool.root", "destination.url")
+_STILL_S = 10.0  # shown from then on
 
 
 @click.command(short_help="Ship episodes as they appear: the daemon.")
@@ -180,7 +181,7 @@ def _write_snapshot(snapshot: status_file.Snapshot, *, running: bool) -> None:
         rows = [
             [
                 one.episode,
-                one.stage,
+                f"{one.stage}, still for {format_seconds(one.still_s)}" if one.still_s >= _STILL_S else one.stage,
                 f"{100 * one.done_bytes / one.total_bytes:.0f} %" if one.total_bytes else "",
                 format_bytes(one.done_bytes),
                 format_rate(one.done_bytes, one.seconds),

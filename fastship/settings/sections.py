@@ -63,6 +63,7 @@ class PackSettings(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class WorkersSettings(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     count: Count = 0
     heartbeat_timeout_s: Duration = 30.0
+    stall_report_s: Duration = 120.0
     drain_timeout_s: Duration = 60.0
     poison_after: Annotated[int, msgspec.Meta(ge=1)] = 3
 

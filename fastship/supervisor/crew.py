@@ -28,6 +28,7 @@ from fastship.supervisor.host import restrain, restrain_group
 
 BOOTS_BEFORE_GIVING_UP = 3  # workers in a row that ended before they were ready, whatever their status
 TERMINATE_S = 3.0  # from SIGTERM to SIGKILL
+LISTENING_S = 1.0  # a turn of the loop that takes longer was held up
 
 
 class Hand:
@@ -43,6 +44,8 @@ class Hand:
         self.gone = False  # its channel is at its end
         self.heard_at = time.monotonic()
         self.under_way: list[ipc.UnderWay] = []
+        self.still_s: dict[str, float] = {}  # of those under way: for how long no byte of it was read
+        self._beat_at = self.heard_at
         self.bandwidth = 0
         self.unsent: list[ipc.ToWorker] = []  # goes with the next `Crew.flush`
 
@@ -63,6 +66,31 @@ class Hand:
         except ipc.Closed:
             self.gone = True
 
+    def beat(self, under_way: list[ipc.UnderWay], *, paused: bool) -> None:
+        """How far it says it is. ``paused``: it was told not to pack.
+
+        A thread that hangs in the kernel (a dead network file system) stops neither the beats nor the process, but the
+        bytes. Counted from beat to beat, so that a host which stood still in between did not stop them.
+        """
+        now = time.monotonic()
+        passed_s, self._beat_at = min(now - self._beat_at, LISTENING_S), now
+        before = {one.episode: one.done_bytes for one in self.under_way if not one.shipping}
+        self.still_s = {
+            one.episode: self.still_s.get(one.episode, 0.0) + passed_s
+            for one in under_way
+            if not one.shipping and not paused and before.get(one.episode) == one.done_bytes
+        }
+        self.under_way = under_way
+
+    def waits_in(self) -> str:
+        """Where in the kernel its threads wait without being interruptible, as far as /proc tells: for people."""
+        found = set()
+        for task in Path(f"/proc/{self.pid}/task").glob("*"):
+            with contextlib.suppress(OSError, IndexError):
+                if (task / "stat").read_text().rpartition(")")[2].split()[0] == "D":
+                    found.add((task / "wchan").read_text())
+        return ", ".join(sorted(found))
+
     def kill(self) -> None:
         """SIGKILL. A worker owes nothing: whatever it was at begins again."""
         self.process.kill()
@@ -78,6 +106,7 @@ class Crew:
         self._selector = selector
         self._numbers = 0
         self._failed_boots = 0
+        self._looked_at = time.monotonic()  # when `silent` was last asked
 
     def hire(self, *, threads: int) -> Hand:
         """Start one more worker. Does not wait for it."""
@@ -130,10 +159,21 @@ class Crew:
             hand.unsent.clear()
 
     def silent(self, timeout_s: float) -> list[Hand]:
-        """The workers not heard of for so long. One that is starting has the same time."""
+        """The workers not heard of for so long. One that is starting has the same time. To be asked all the time.
+
+        Only time in which we listened counts: where the whole host stood still (suspended, or every process stopped)
+        or a disk held us, the workers had no chance to be heard either. Each of them counted as dead then, and three
+        such pauses would have quarantined a sound episode.
+        """
+        now = time.monotonic()
+        away_s = now - self._looked_at - LISTENING_S
+        self._looked_at = now
+        if away_s > 0:
+            for hand in self.hands.values():
+                hand.heard_at = min(now, hand.heard_at + away_s)
         if not timeout_s:
             return []
-        oldest = time.monotonic() - timeout_s
+        oldest = now - timeout_s
         return [hand for hand in self.hands.values() if hand.heard_at < oldest and hand.exit_status is None]
 
     def reap(self) -> list[tuple[Hand, str]]:

@@ -204,7 +204,7 @@ class Supervisor:
                 hand.ready = True
                 self._events.append(ev.WorkerJoined(hand.number))
             case ipc.Beat():
-                hand.under_way = message.under_way
+                self._beat(hand, message)
             case ev.Answered():
                 self._tally.answered(self._book, message)
                 self._events.append(message)
@@ -213,6 +213,20 @@ class Supervisor:
                 self._events.append(message)
             case _:
                 self._events.append(message)
+
+    def _beat(self, hand: Hand, message: ipc.Beat) -> None:
+        """Where nothing moves that is said, and no more: whatever hangs there may come to its end yet."""
+        limit_s = self._settings.workers.stall_report_s
+        before = {episode for episode, still_s in hand.still_s.items() if limit_s and still_s >= limit_s}
+        hand.beat(message.under_way, paused=self._book.shares.get(hand.number) == 0)
+        after = {episode for episode, still_s in hand.still_s.items() if limit_s and still_s >= limit_s}
+        for episode in sorted(after - before):
+            where = hand.waits_in() or "not known"
+            remedy = "see whether its file system answers (ls, df); it goes on by itself"
+            fields = {"worker": hand.number, "pid": hand.pid, "for_s": limit_s, "waits_in": where}
+            log.warning("pack-stalled", episode=episode, **fields, remedy=remedy)
+        for episode in sorted(before - after):
+            log.info("pack-no-longer-stalled", episode=episode, worker=hand.number)
 
     # --- decide, execute -------------------------------------------------------------------------------------
 

@@ -137,6 +137,7 @@ def _progress(hand: Hand, one: UnderWay) -> status.EpisodeProgress:
         done_bytes=one.done_bytes,
         total_bytes=one.total_bytes,
         seconds=one.seconds,
+        still_s=round(hand.still_s.get(one.episode, 0.0), 1),
     )
 
 
