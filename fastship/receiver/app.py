@@ -245,15 +245,16 @@ class Receiver:
             self._held_bytes -= length
 
     async def _store_at_once(self, request: Request, declared: Declared, body: Body) -> Answer | None:
-        """Way 1: the whole artifact in this body."""
-        partial = await self._in(self._io, self._uploads.one_shot)
+        """Way 1: the whole artifact in this body. Until that has come its bytes are a beginning of the upload, too."""
+        resumable = declared.sha256 is not None and body.sha256 is None
+        partial = await self._in(self._io, self._uploads.one_shot, declared if resumable else None)
         try:
             digest = hashlib.sha256() if body.sha256 else None
             most = declared.length if declared.length is not None else self._settings.max_bytes or None
             try:
                 end = await self._ingest(request, partial, most, digest)
             except OSError as error:
-                if declared.sha256 and not body.sha256 and not isinstance(error, Unsynced):
+                if resumable and not isinstance(error, Unsynced):
                     await self._in(self._io, self._ending.keep, declared, partial)
                 return storage_failed(error)
             if end is End.TOO_LONG and declared.length is None:
@@ -261,15 +262,15 @@ class Receiver:
             if end is End.TOO_LONG or (end is End.WHOLE and declared.length not in (None, partial.offset)):
                 return answers.length_mismatch("the body is not as long as Upload-Length said", 0)
             if end is not End.WHOLE:
-                if declared.sha256 and not body.sha256:
+                if resumable:
                     await self._in(self._io, self._ending.keep, declared, partial)
                 return _GIVEN_UP if end is End.IDLE else None
             if digest is not None and digest.hexdigest() != body.sha256:
                 return self._count(answers.digest_mismatch("the body is not what Content-Digest says"))
-            answer, _ = await self._in(self._lane(partial, declared), self._ending.publish, partial, declared)
-            if declared.sha256 and answer.status < 300:
-                await self._in(self._io, self._ending.forget, self._uploads.token(declared))
-            return self._count(answer)
+            lane = self._lane(partial, declared)
+            return self._count(await self._in(lane, self._ending.store, partial, declared))
+        except Superseded:
+            return await self._in(self._io, self._ending.superseded, declared)
         finally:
             await self._in(self._io, durable.unlink_if_present, partial.path)
             partial.close()
@@ -280,6 +281,9 @@ class Receiver:
         if isinstance(upload, Answer):
             return upload
         try:
+            known = await self._in(self._io, self._ending.known, upload)  # while we waited for it
+            if known is not None:
+                return self._count(known)
             if not body.empty and upload.partial.offset == 0:
                 stopped, answer = await self._append(request, upload, body)
                 if stopped:
@@ -288,7 +292,7 @@ class Receiver:
             location = ("Location", f"/v1/uploads/{upload.token}")
             return Answer(201, None, (location, *answers.about_upload(offset), self._limits()))
         except Superseded:
-            return answers.SUPERSEDED
+            return await self._in(self._io, self._ending.superseded, upload.declared)
         finally:
             await self._in(self._io, self._ending.leave, upload)
 
@@ -334,7 +338,7 @@ class Receiver:
                 told = (*told, (fields.REPR_DIGEST, fields.format_digest("sha-256", sha256)))
             return Answer(204, None, told)
         except Superseded:
-            return answers.SUPERSEDED
+            return await self._in(self._io, self._ending.superseded, upload.declared)
         finally:
             await self._in(self._io, self._ending.leave, upload)
 

@@ -16,7 +16,7 @@ from fastship.errors import ArtifactError
 from fastship.receiver import answers, decisions
 from fastship.receiver.answers import Answer
 from fastship.receiver.decisions import Declared
-from fastship.receiver.lock import Busy
+from fastship.receiver.lock import Busy, Superseded
 from fastship.receiver.partial import Partial, Unsynced
 from fastship.receiver.store import ContentMismatch, DigestMismatch, Store
 from fastship.receiver.uploads import UnknownUpload, Upload
@@ -50,6 +50,15 @@ class Ending:
         _log.info("stored %s: %d bytes, verified and synced in %.0f ms", receipt.episode, partial.offset, took_ms)
         return answers.stored(201, receipt), False
 
+    def store(self, partial: Partial, declared: Declared) -> Answer:
+        """The verdict on a whole one-shot body. Raises `Superseded` when a newer request has taken it over."""
+        with partial.exclusive():
+            answer, _ = self.publish(partial, declared)
+        if declared.sha256 and answer.status < 300:
+            with contextlib.suppress(UnknownUpload, Busy):
+                self._uploads.cancel(self._uploads.token(declared))
+        return answer
+
     def finish(self, upload: Upload) -> Answer:
         offset, length = upload.partial.offset, upload.declared.length
         if length is not None and offset != length:
@@ -63,32 +72,38 @@ class Ending:
 
     def known(self, upload: Upload) -> Answer | None:
         """The verdict when the episode was stored by another upload meanwhile."""
-        stored = self._store.receipt(upload.declared.episode)
-        if stored is None:
-            return None
-        known = decisions.compare(upload.declared.sha256, upload.declared.content_blake3, stored)
+        known = self._compare(upload.declared)
         if known is not None:
-            with upload.exclusive():
+            with contextlib.suppress(Superseded), upload.exclusive():  # it is true whoever has the upload now
                 self._uploads.end(upload, known)
         return known
 
+    def superseded(self, declared: Declared) -> Answer:
+        """To a request that another one took over from: what is known of the episode by now, or to come again."""
+        return self._compare(declared) or answers.SUPERSEDED
+
+    def _compare(self, declared: Declared) -> Answer | None:
+        stored = self._store.receipt(declared.episode)
+        return decisions.compare(declared.sha256, declared.content_blake3, stored) if stored is not None else None
+
     def keep_cut(self, declared: Declared, data: bytes) -> None:
-        """As `keep`, of a body that is in memory."""
-        partial = self._uploads.one_shot()
+        """As `keep`, of a body that is in memory. No newer request could take it over there: so it may begin an upload,
+        but is nothing where there is one."""
+        partial = self._uploads.one_shot(declared)
         try:
             with contextlib.suppress(OSError):
                 partial.write([data])
-                self._uploads.keep(declared, partial)
+                self._keep(declared, partial, begin_only=True)
         finally:
             partial.drop()
 
     def keep(self, declared: Declared, partial: Partial) -> None:
         with contextlib.suppress(OSError):
-            self._uploads.keep(declared, partial)
+            self._keep(declared, partial, begin_only=False)
 
-    def forget(self, token: str) -> None:
-        with contextlib.suppress(UnknownUpload, Busy):
-            self._uploads.cancel(token)
+    def _keep(self, declared: Declared, partial: Partial, *, begin_only: bool) -> None:
+        if self._store.receipt(declared.episode) is None:  # else it would only promise room
+            self._uploads.keep(declared, partial, begin_only=begin_only)
 
     def leave(self, upload: Upload) -> None:
         self._uploads.remember(upload)

@@ -85,6 +85,10 @@ class Partial:
         self._synced = synced
         self.unsynced = unsynced
 
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Hold it against newer requests, as each write does; not around one. Raises what the guard raises."""
+        return self._guard()
+
     def write(self, chunks: Sequence[bytes]) -> None:
         """Append ``chunks``, in order. Raises what the guard raises (nothing is appended then), and ``OSError``."""
         running = self.running

@@ -104,7 +104,7 @@ class Store:
         self._recovering = threading.Lock()
         self._stopping = threading.Event()
         try:
-            for directory in (self._episodes, self._uploads / "ended"):
+            for directory in (self._episodes, self._uploads / "ended", self._uploads / "bodies"):
                 directory.mkdir(parents=True, exist_ok=True)
             if os.stat(self._episodes).st_dev != os.stat(self._uploads).st_dev:
                 raise ReceiverError(

@@ -2,10 +2,11 @@
 
 ``<root>/uploads/`` holds of each upload ``<token>.json`` (what was declared), ``<token>.part`` (the bytes) and
 ``<token>.lock`` (see ``lock``); of each that ended ``ended/<token>.json``, the tombstone with its final answer;
-and ``one-*.part``, bodies of one-shot PUTs, which belong to the process that holds their flock.
+and bodies of one-shot PUTs (see ``bodies``).
 
 What always holds: an offset that is told is durable, data and counter; after another boot the part is cut back to
-what was synced; ``<token>.json`` exists before anybody hears of the token.
+what was synced; ``<token>.json`` exists before anybody hears of the token; the newer of two requests on an upload has
+it, whichever ways they are of, and the older one stops.
 
 Blocks on the disk. Imported by ``store`` and ``app``.
 """
@@ -13,7 +14,6 @@ Blocks on the disk. Imported by ``store`` and ``app``.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import hmac
 import logging
@@ -30,6 +30,7 @@ import msgspec
 from fastship import durable
 from fastship.frames import Following
 from fastship.receiver.answers import Answer
+from fastship.receiver.bodies import Bodies, is_free
 from fastship.receiver.decisions import Declared
 from fastship.receiver.lock import Busy, Gone, State, Superseded, UploadLock
 from fastship.receiver.partial import Digest, Partial, Unsynced, sync_data
@@ -124,6 +125,7 @@ class Uploads:
         self._secret = secret
         self._max_age_s = max_age_s
         self._boot = durable.boot_id()
+        self._bodies = Bodies(directory, self._boot)
         # Of uploads that this process wrote last, by token.
         self._running: dict[str, _Running] = {}
         self._reserved = Reserved(directory, lambda token: getattr(self._read(token), "length", None))
@@ -134,12 +136,14 @@ class Uploads:
             return secrets.token_hex(32)
         return hmac.new(self._secret, f"{declared.episode}|{declared.sha256}".encode(), hashlib.sha256).hexdigest()
 
-    def one_shot(self) -> Partial:
-        """A partial of nobody else, for a body that is sent whole. Its flock keeps the sweep away."""
-        path = self._directory / f"one-{secrets.token_hex(16)}.part"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        return Partial(path, fd, following=self._follow())
+    def one_shot(self, declared: Declared | None = None) -> Partial:
+        """A partial of nobody else, for a body that is sent whole.
+
+        ``declared``: what is sent, where its bytes may count for its upload when that is taken over meanwhile (see
+        ``bodies``) or they are kept; ignored without the artifact digest.
+        """
+        token = self.token(declared) if declared is not None and declared.sha256 else None
+        return self._bodies.begin(token, self._follow())
 
     def create(self, declared: Declared, *, wait_s: float = WAIT_S) -> Upload:
         """Find the upload of this artifact or begin one, and take it over. Idempotent.
@@ -154,7 +158,7 @@ class Uploads:
                     known = self._read(token)
                     if known is None:
                         self._begin(token, declared, lock)
-                    upload = self._take(token, known or declared, lock)
+                    upload = self._take(token, known or declared, lock, wait_s)
                     if declared.length is not None:
                         try:
                             self.declare_length(upload, declared.length)
@@ -176,7 +180,7 @@ class Uploads:
                 known = self._read(token)
                 if known is None:
                     raise UnknownUpload
-                return self._take(token, known, lock)
+                return self._take(token, known, lock, wait_s)
         except Gone:
             lock.close()
             raise UnknownUpload from None
@@ -223,29 +227,30 @@ class Uploads:
         finally:
             lock.close()
 
-    def keep(self, declared: Declared, partial: Partial) -> None:
-        """Make a cut one-shot body the upload of its artifact, unless that has more already. Needs its digest."""
-        if not partial.offset:
+    def keep(self, declared: Declared, partial: Partial, *, begin_only: bool = False) -> None:
+        """Make a cut one-shot body the upload of its artifact: where it has more than that, and no newer request has
+        taken the body over. ``begin_only``: and only where there is no upload."""
+        if not partial.offset or not self._bodies.may_be_taken(partial.path):
             return
-        with contextlib.suppress(UnknownUpload, Busy):
-            if self.look(self.token(declared)).offset >= partial.offset:
-                return  # nothing to add: do not disturb who may be writing there
-        with contextlib.suppress(Busy, Superseded, LengthMismatch):
-            upload = self.create(declared)
-            try:
-                with upload.exclusive():
-                    if partial.offset <= upload.partial.offset:
-                        return
-                    partial.sync()
-                    os.rename(partial.path, upload.partial.path)
-                    durable.sync_directory(self._directory)
-                    lock = upload._lock
-                    lock.write(lock.read()._replace(synced=partial.offset, boot=self._boot), durably=True)
-                    self._running[upload.token] = _Running(
+        token = self.token(declared)
+        lock = UploadLock(self._path(token, "lock"), make=True)
+        with contextlib.closing(lock), contextlib.suppress(Busy, Gone), lock.locked():
+            known = self._read(token)
+            if not self._bodies.may_be_taken(partial.path):  # it was, while we waited
+                if known is None:
+                    self._remove(token)
+                return
+            if known is None:
+                self._begin(token, declared, lock)
+            elif begin_only or self._settle(token, lock).synced >= partial.offset:
+                return  # nothing to add: whoever may be writing there is not disturbed
+            upload = self._take(token, known or declared, lock, WAIT_S, partial.path)
+            with contextlib.closing(upload.partial):
+                ours = os.path.samestat(os.fstat(upload.partial.fd), os.fstat(partial.fd))
+                if ours and upload.partial.offset == partial.offset and partial.running is not None:
+                    self._running[token] = _Running(
                         upload._generation, partial.offset, partial.running, partial.part_from_following()
                     )
-            finally:
-                upload.close()
 
     def remember(self, upload: Upload) -> None:
         """Keep the running digest and verification for the next append that comes to this process."""
@@ -301,7 +306,9 @@ class Uploads:
         """
         now = time.time()
         removed = 0
-        for entry in [*os.scandir(self._directory), *os.scandir(self._ended)]:
+        for entry in [
+            entry for each in (self._directory, self._ended, self._bodies.directory) for entry in os.scandir(each)
+        ]:
             with contextlib.suppress(FileNotFoundError, UnknownUpload, Busy):
                 age_s = now - entry.stat().st_mtime
                 token, _, kind = entry.name.rpartition(".")
@@ -319,7 +326,7 @@ class Uploads:
                     lockless = kind != "lock" and not self._path(token, "lock").exists()
                     expired = lockless and age_s > _ORPHAN_AGE_S
                 elif kind == "part":
-                    expired = age_s > _ORPHAN_AGE_S and _is_free(entry.path)
+                    expired = age_s > _ORPHAN_AGE_S and is_free(entry.path)
                 else:
                     expired = entry.name.startswith(durable.TEMP_PREFIX) and age_s > _ORPHAN_AGE_S
                 if expired:
@@ -354,16 +361,25 @@ class Uploads:
         durable.unlink_if_present(self._ended / f"{token}.json")
         self._reserved.note(token, declared.length)
 
-    def _take(self, token: str, declared: Declared, lock: UploadLock) -> Upload:
-        """Under the lock: a new generation, at the offset that stands."""
+    def _take(
+        self, token: str, declared: Declared, lock: UploadLock, wait_s: float, body: Path | None = None
+    ) -> Upload:
+        """Under the lock: a new generation, at the offset that stands, or where an older one-shot body has more, there.
+
+        ``body``: of the bodies only this. Raises `Busy` after ``wait_s``.
+        """
         before = self._settle(token, lock, grow=True)
+        path = self._path(token, "part")
+        # A crash after this leaves the old counter beside the new part: in this boot the part's size counts, in another
+        # one the counter, up to which both are the same beginning.
+        offset = self._bodies.take_over(token, path, before.synced, declared.length, wait_s, body)
+        before = before._replace(synced=offset)
         generation = before.generation + 1
         lock.write(before._replace(generation=generation))
         running = self._running.pop(token, None)
         if running is not None and running[:2] != (before.generation, before.synced):
             _drop(running)
             running = None
-        path = self._path(token, "part")
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         partial = Partial(
             path,
@@ -474,15 +490,3 @@ def _checked(token: str) -> str:
     if not _TOKEN.fullmatch(token):
         raise UnknownUpload
     return token
-
-
-def _is_free(path: str) -> bool:
-    """Whether no process holds the one-shot body's flock."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(fd)
-    return True

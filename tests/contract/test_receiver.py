@@ -75,7 +75,7 @@ def test_a_wrong_digest_stores_nothing(receiver: Server) -> None:
     refused = receiver.put("wrong", data, Fastship_Content_Length="1")
     assert refused.status == 422
     assert receiver.request("GET", "/v1/episodes/wrong").status == 404
-    assert not list((receiver.root / "uploads").glob("one-*"))
+    assert not list((receiver.root / "uploads").rglob("one-*"))
     assert receiver.put("wrong", data, Repr_Digest=sha256_field(data)).status == 201
 
 
@@ -231,6 +231,40 @@ def test_cancel(receiver: Server) -> None:
         assert (reply.status, reply.headers["upload-complete"]) == (404, "?0")
 
 
+def body_bytes(server: Server) -> int:
+    """Of one-shot bodies on their way."""
+    return sum(path.stat().st_size for path in server.root.glob("uploads/bodies/*"))
+
+
+@pytest.mark.parametrize("cut", [True, False], ids=["cut", "open still"])
+def test_a_newer_request_takes_over_from_a_one_shot(start: Start, cut: bool) -> None:
+    """Whether the receiver has noticed that the client is gone or not, and whichever process the newer one comes to."""
+    server = start(workers=2)
+    for number in range(6):
+        name = f"taken{number}"
+        data = make_artifact(name, 6_000_000, seed=number)
+        with socket.create_connection((server.host, server.port), timeout=WAIT_S) as connection:
+            head = f"PUT /v1/episodes/{name} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n"
+            connection.sendall(f"{head}Repr-Digest: {sha256_field(data)}\r\n\r\n".encode() + data[:5_000_000])
+            if cut:
+                connection.close()
+            else:
+                wait_for(lambda: body_bytes(server) > 2_000_000)
+            created = server.create(name, data)
+            assert (created.status, created.headers["upload-complete"]) == (201, "?0")
+            assert cut or created.offset > 2_000_000
+            half = (created.offset + len(data)) // 2
+            appended = server.append(created.headers["location"], data[created.offset : half], created.offset)
+            assert (appended.status, appended.offset) == (204, half)
+            if not cut:  # what comes late of the older one is nobody's
+                with contextlib.suppress(OSError):
+                    connection.sendall(data[5_000_000:])
+                assert int(connection.recv(4096).split()[1]) == 503
+            assert server.append(created.headers["location"], data[half:], half, last=True).status == 201
+        check_stored(server, name, data)
+    wait_for(lambda: not list(server.root.glob("uploads/**/*.part")))
+
+
 def test_a_cut_connection_keeps_its_bytes(receiver: Server) -> None:
     data = make_artifact("cut", 6_000_000)
     location = receiver.create("cut", data).headers["location"]
@@ -249,7 +283,7 @@ def test_a_cut_one_shot_can_be_resumed(receiver: Server) -> None:
         head = f"PUT /v1/episodes/cut-put HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n"
         connection.sendall(f"{head}Repr-Digest: {sha256_field(data)}\r\n\r\n".encode() + data[:3_000_000])
     wait_for(lambda: any(record.read_bytes().count(b'"cut-put"') for record in receiver.root.glob("uploads/*.json")))
-    wait_for(lambda: not list(receiver.root.glob("uploads/one-*")))
+    wait_for(lambda: not list(receiver.root.glob("uploads/**/one-*")))
     created = receiver.create("cut-put", data)
     assert created.offset > 2_500_000
     assert receiver.put("cut-put", data, Repr_Digest=sha256_field(data)).status == 201  # from 0 is as good
@@ -326,7 +360,7 @@ def test_small_artifacts_are_stored_like_others(receiver: Server) -> None:
     for episode, data in artifacts.items():
         check_stored(receiver, episode, data)
         assert receiver.put(episode, data, **small_fields(data)).status == 200
-    assert not list((receiver.root / "uploads").glob("one-*"))
+    assert not list((receiver.root / "uploads").rglob("one-*"))
 
 
 def test_a_small_artifact_that_is_not_what_it_says_is_refused(receiver: Server) -> None:
@@ -349,7 +383,7 @@ def test_a_cut_small_artifact_can_be_resumed(receiver: Server) -> None:
         head = f"PUT /v1/episodes/little-cut HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n"
         connection.sendall(f"{head}{fields}\r\n".encode() + data[:30_000])
     wait_for(lambda: any(record.read_bytes().count(b'"little-cut"') for record in receiver.root.glob("uploads/*.json")))
-    wait_for(lambda: not list(receiver.root.glob("uploads/one-*")))
+    wait_for(lambda: not list(receiver.root.glob("uploads/**/one-*")))
     assert receiver.create("little-cut", data).offset == 30_000
     assert receiver.put("little-cut", data, **small_fields(data)).status == 201
     assert not list(receiver.root.glob("uploads/*.part"))

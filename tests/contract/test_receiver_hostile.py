@@ -134,7 +134,7 @@ def test_long_verifications_hold_nobody_else_up(receiver: Server) -> None:
             clients.submit(receiver.put, f"large{number}", data, Repr_Digest=sha256_field(data), **fields)
             for number in range(12)
         ]
-        wait_for(lambda: len(list((receiver.root / "uploads").glob("one-*.part"))) >= 10)
+        wait_for(lambda: len(list((receiver.root / "uploads").rglob("one-*.part"))) >= 10)
         assert receiver.put("small", make_artifact("small")).status == 201
         assert sum(future.done() for future in large) < 6
         assert {future.result().status for future in large} == {201}

@@ -246,8 +246,7 @@ def test_a_cut_line_goes_on_at_the_receivers_offset(tmp_path: Path, start_receiv
 def test_a_cut_of_way_1_goes_on_with_way_2(tmp_path: Path, start_receiver: MakeReceiver) -> None:
     receiver = start_receiver()
     artifact = make_artifact(tmp_path, 24 * MEGABYTE)
-    # What was cut may be kept only after the next request came: that one is told to come again in 2 s.
-    whole = msgspec.structs.replace(UPLOAD, one_shot_bytes=1 << 40, retry_max_s=10.0)
+    whole = msgspec.structs.replace(UPLOAD, one_shot_bytes=1 << 40)
     with Line(receiver.port, 8 * MEGABYTE) as line:
         verdict = ship(artifact, DestinationSettings(url=line.url), whole)
     assert outcome_of(verdict) == SHIPPED

@@ -311,15 +311,21 @@ def test_ended_and_cancelled_uploads(uploads: Uploads, store: Store) -> None:
     assert names(store.root) == {"secret"}
 
 
-def test_keeping_a_cut_one_shot(uploads: Uploads, store: Store) -> None:
+def test_keeping_a_cut_one_shot(uploads: Uploads) -> None:
     data = bytes(range(200))
-    uploads.keep(declared(data), one_shot(store, data[:100]))
+
+    def keep(count: int) -> None:
+        partial = uploads.one_shot(declared(data))
+        partial.write([data[:count]])
+        uploads.keep(declared(data), partial)
+        partial.close()
+
+    keep(100)
     token = uploads.token(declared(data))
     assert uploads.look(token).offset == 100
-    shorter = one_shot(store, data[:50])
-    uploads.keep(declared(data), shorter)
+    keep(50)
     assert uploads.look(token).offset == 100
-    uploads.keep(declared(data), one_shot(store, data[:150]))
+    keep(150)
     upload = uploads.take(token)
     assert upload.partial.offset == 150
     assert upload.partial.running is not None
@@ -339,13 +345,15 @@ def test_sweeping(store: Store, uploads: Uploads) -> None:
     ended = uploads.create(declared(b"ended", episode="ended"))
     with ended.exclusive():
         uploads.end(ended, Answer(201, {}))
-    writing, orphan = uploads.one_shot(), uploads.one_shot()
+    writing, orphan, left = uploads.one_shot(), uploads.one_shot(), uploads.one_shot(declared(b"left"))
     orphan.close()
+    left.close()
     for path in (
         *(stale.partial.path.with_suffix(suffix) for suffix in (".json", ".part")),
         root / "ended" / f"{ended.token}.json",
         writing.path,
         orphan.path,
+        left.path,
     ):
         age(path)
     for name in (".tmp-left.1", "e.12.receipt", "0" * 64 + ".part"):

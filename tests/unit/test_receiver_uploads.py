@@ -162,7 +162,7 @@ def test_an_upload_of_an_episode_that_is_stored_promises_room_for_an_hour_only(u
 
 
 def test_a_one_shot_of_which_nothing_came_is_not_kept(uploads: Uploads) -> None:
-    uploads.keep(declared(b"x" * 100), uploads.one_shot())
+    uploads.keep(declared(b"x" * 100), uploads.one_shot(declared(b"x" * 100)))
     assert uploads.declared_bytes(fresh=True) == 0
 
 
