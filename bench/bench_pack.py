@@ -6,8 +6,6 @@ how much of the machine was at work.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,32 +93,3 @@ def test_recordings(benchmark: Any, work: Path, name: str) -> None:
         for folder in sorted((each for each in path.rglob("*") if each.is_dir()), reverse=True):
             folder.rmdir()
     compare(benchmark, episodes, work, 3, 1)
-
-
-MEMORY = """
-import sys
-from pathlib import Path
-from fastship.frames import FramePool
-from fastship.pack import PackOptions, pack
-with FramePool(2) as pool, open('/dev/null', 'wb', buffering=0) as sink:
-    pack(Path(sys.argv[1]), sink, PackOptions(), pool)
-# Not ru_maxrss: a process started by vfork begins with its parent's.
-print(int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) // 1024)
-"""
-
-
-def test_memory(benchmark: Any, corpus: Corpus, work: Path) -> None:
-    """Two threads, in a process of its own: the same for 10 MB and for the whole of a huge episode."""
-    peaks = []
-    for name, size in (("ten", 10_000_000), ("huge", round(SHAPES["huge"].episode_bytes * SCALE))):
-        path = work / f"memory-{name}"
-        corpus.write_episode(path, size, size)
-        command = [sys.executable, "-c", MEMORY, str(path)]
-        if name == "huge":
-            done = benchmark.pedantic(subprocess.run, (command,), {"capture_output": True, "check": True}, rounds=1)
-        else:
-            done = subprocess.run(command, capture_output=True, check=True)
-        peaks.append(int(done.stdout))
-    note(benchmark, peak_mib_10_mb=peaks[0], peak_mib=peaks[1], host=measure.host(), versions=measure.versions())
-    print(f"\npeak {peaks[0]} MiB for 10 MB, {peaks[1]} MiB for {size / 1e6:.0f} MB")
-    assert peaks[1] < 200

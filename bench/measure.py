@@ -145,6 +145,11 @@ def tree_peak_bytes(pid: int) -> int:
     return sum(_memory_bytes(member, b"VmHWM:") for member in _tree(pid))
 
 
+def largest_peak_bytes(pid: int) -> int:
+    """Of the one process of them that has the most."""
+    return max((_memory_bytes(member, b"VmHWM:") for member in _tree(pid)), default=0)
+
+
 class _PeakWatch:
     """Looks at the VmHWM of a process and all below it, often enough to see all that live a while."""
 
