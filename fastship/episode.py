@@ -79,6 +79,14 @@ class ReceivedContent(msgspec.Struct, frozen=True):
     members: int | None = None
 
 
+class Read(msgspec.Struct, frozen=True, kw_only=True):
+    """From where the receiver read what it digested: ``arriving``, ``file`` or ``disk`` (see docs/protocol.md)."""
+
+    artifact: str
+    content: str | None = None  # None: not unpacked
+    at: str = ""  # UTC, when the last of it was read
+
+
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """The receiver's word of what it stored and verified (docs/protocol.md, The receiver's promises)."""
 
@@ -88,6 +96,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     verified: str  # "content", "artifact", or "status" where the receiver could not say
     stored_at: str = ""  # UTC, %Y-%m-%dT%H:%M:%SZ
     receiver: str = ""
+    read: Read | None = None  # None: a receiver that does not say
 
 
 class Outcome(enum.StrEnum):

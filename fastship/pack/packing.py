@@ -22,9 +22,9 @@ from fastship.episode import Manifest, read_code_commit
 from fastship.errors import EpisodeChanged, OutboxFull, PackError
 from fastship.frames import ArtifactWriter, FramePool, KeptFrames, LevelChoice
 from fastship.pack.headers import BLOCK, END_OF_ARCHIVE
-from fastship.pack.pagecache import Care
 from fastship.pack.stream import Layout, Owner, TarStream
 from fastship.pack.walk import printable, read_fault, walk
+from fastship.pagecache import Care
 
 SKIPPED_NAMED = 100  # a manifest travels in one message of at most 2 MiB (ipc)
 
@@ -37,7 +37,7 @@ class Sink(Protocol):
 
 class PackOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How to pack. ``frame_bytes`` is tar stream bytes a frame; ``owner="zero"`` writes uid and gid as 0;
-    ``page_cache``: what is left in it of files that were read (`fastship.pack.pagecache`); ``level``: a zstd level, or
+    ``page_cache``: what is left in it of files that were read (`fastship.pagecache`); ``level``: a zstd level, or
     what chooses one for each frame.
     """
 

@@ -20,9 +20,9 @@ from typing import Literal
 
 import blake3
 
+from fastship import pagecache
 from fastship.errors import EpisodeChanged, EpisodeUnreadable
 from fastship.frames import ArtifactWriter, Kind
-from fastship.pack import pagecache
 from fastship.pack.headers import BLOCK, END_OF_ARCHIVE, header
 from fastship.pack.walk import Entry, printable, read_fault, same, walk
 

@@ -59,6 +59,8 @@ class Mark:
 class Partial:
     """An open partial. ``running`` None: the bytes before were written by another process, digest them at the end.
 
+    ``came_at_once``: all of it was written by the request that has it open, so nothing of it lay on the disk before.
+
     ``following`` verifies the artifact beside: it is told of each new offset, and abandoned when bytes go or nobody
     keeps it. ``guard`` is entered around each write: it raises when this request may not write any more. ``synced`` is
     called with each offset that has become durable, ``unsynced`` when the disk did not take what was written.
@@ -80,6 +82,7 @@ class Partial:
         self.fd = fd
         self.offset = offset
         self.running = hashlib.sha256() if offset == 0 else running
+        self.came_at_once = offset == 0
         self.following = following
         self._guard = guard
         self._synced = synced
@@ -125,18 +128,25 @@ class Partial:
         return offset
 
     def digest(self) -> str:
-        """The SHA-256 of all bytes, hex; reads the file when no running digest covers it."""
+        """The SHA-256 of all bytes as they came, hex; reads the file when no running digest covers it."""
         if self.running is None:
-            running = hashlib.sha256()
-            done = 0
-            while done < self.offset:
-                data = os.pread(self.fd, min(_READ_BYTES, self.offset - done), done)
-                if not data:
-                    raise OSError(f"{self.path} is shorter than it was written")
-                running.update(data)
-                done += len(data)
-            self.running = running
+            self.running = self._digest_file()
         return str(self.running.hexdigest())
+
+    def read_digest(self) -> str:
+        """The SHA-256 of what the file holds now, hex."""
+        return str(self._digest_file().hexdigest())
+
+    def _digest_file(self) -> Digest:
+        running = hashlib.sha256()
+        done = 0
+        while done < self.offset:
+            data = os.pread(self.fd, min(_READ_BYTES, self.offset - done), done)
+            if not data:
+                raise OSError(f"{self.path} is shorter than it was written")
+            running.update(data)
+            done += len(data)
+        return running
 
     def mark(self) -> Mark:
         return Mark(self.offset, self.running.copy() if self.running is not None else None)

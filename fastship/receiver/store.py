@@ -29,14 +29,14 @@ from typing import Literal
 
 import msgspec
 
-from fastship import durable
-from fastship.episode import ARTIFACT_SUFFIX, Receipt, ReceivedArtifact, ReceivedContent, is_episode_id
+from fastship import durable, pagecache
+from fastship.episode import ARTIFACT_SUFFIX, Read, Receipt, ReceivedArtifact, ReceivedContent, is_episode_id
 from fastship.errors import ArtifactError, ReceiverError
 from fastship.frames import Following, verify_content
 from fastship.receiver import answers
 from fastship.receiver.answers import Answer
 from fastship.receiver.decisions import Declared, compare
-from fastship.receiver.partial import Partial, Unsynced, begin_writeback
+from fastship.receiver.partial import Partial, Unsynced, begin_writeback, sync_data
 from fastship.receiver.uploads import Uploads
 from fastship.settings import ReceiverSettings
 
@@ -98,6 +98,7 @@ class Store:
         self._episodes = self.root / "episodes"
         self._uploads = self.root / "uploads"
         self._verify: Literal["content", "artifact"] = settings.verify
+        self._read_back = settings.read_back
         self._threads = max(1, len(os.sched_getaffinity(0)) // settings.workers)
         self._reserve_bytes = settings.reserve_bytes
         self._name = socket.gethostname()
@@ -179,16 +180,16 @@ class Store:
 
     def prepare(self, partial: Partial, declared: Declared) -> Prepared | Answer:
         """Verify the artifact and write its receipt where it waits. `Prepared.close` is the caller's to call."""
-        sha256 = partial.digest()
+        sha256, read_from = self._digest(partial)
         if declared.sha256 is not None and sha256 != declared.sha256:
             raise DigestMismatch(f"the {partial.offset} bytes received have SHA-256 {sha256}, not {declared.sha256}")
         first = self._already(sha256, declared)
         if first is not None:
             return first
-        content = None
+        content, content_from = None, None
         if self._verify == "content":
             try:
-                content = self._verify_content(partial.path, declared, partial)
+                content, content_from = self._verify_content(partial.path, declared, partial)
             except (ArtifactError, ContentMismatch):
                 stored = self.receipt(declared.episode)
                 if stored is not None:  # whatever this is, it is not what stands there
@@ -197,7 +198,8 @@ class Store:
         first = self._already(sha256, declared, content)
         if first is not None:
             return first
-        receipt = self._make_receipt(declared.episode, sha256, partial.offset, content)
+        read = Read(artifact=read_from, content=content_from, at=_now())
+        receipt = self._make_receipt(declared.episode, sha256, partial.offset, content, read)
         waiting = self._waiting_receipt(declared.episode, os.fstat(partial.fd).st_ino)
         return Prepared(partial, declared, receipt, waiting)
 
@@ -250,6 +252,24 @@ class Store:
             return known if sha256 == stored.artifact.sha256 or not undecided else None
         return compare(sha256, content.blake3, stored)
 
+    def _digest(self, partial: Partial) -> tuple[str, str]:
+        """The artifact digest, and from where it was taken. What did not come in one request lay on the disk meanwhile:
+        what is there now counts, and not what once passed. Raises `DigestMismatch` where the two are not the same."""
+        read_from = "file"
+        if self._read_back:
+            sync_data(partial.fd)  # what is dirty cannot be dropped
+            pagecache.give_back(partial.fd, 0, 0)
+            read_from = "disk" if pagecache.cached_bytes(partial.fd) == 0 else "file"
+        elif partial.came_at_once:
+            return partial.digest(), "arriving"
+        passed = partial.digest() if partial.running is not None else None
+        found = partial.read_digest()
+        if passed not in (None, found):
+            text = f"{partial.path.name}: its bytes came with SHA-256 {passed} and have {found} on the receiver's disk"
+            _log.error("%s: the disk, or the memory, changed them", text)
+            raise DigestMismatch(text)
+        return found, read_from
+
     def _follow(self) -> Following | None:
         """What verifies a new partial while it comes. Takes none of the threads' time before there is much of it."""
         if self._verify != "content":
@@ -260,28 +280,36 @@ class Store:
             place=lambda: followings.release if followings.acquire(blocking=False) else None,
         )
 
-    def _verify_content(self, path: Path, declared: Declared | None, partial: Partial | None = None) -> ReceivedContent:
+    def _verify_content(
+        self, path: Path, declared: Declared | None, partial: Partial | None = None
+    ) -> tuple[ReceivedContent, str]:
+        """What the artifact holds, and whether that was read from the file ``arriving``, while more of it came."""
         limit = declared.content_bytes if declared is not None else None
         found = None
         if partial is not None and partial.following is not None:
             found = partial.following.finish(partial.offset, self._stopping.is_set)
+        read_from = "arriving"
         if found is None or (limit is not None and found.bytes > limit):
+            read_from = "file"
             found = verify_content(path, threads=self._threads, max_content_bytes=limit, stopped=self._stopping.is_set)
         if declared is not None:
             if declared.content_blake3 is not None and found.blake3 != declared.content_blake3:
                 raise ContentMismatch(f"the tar stream has BLAKE3 {found.blake3}, not {declared.content_blake3}")
             if declared.content_bytes is not None and found.bytes != declared.content_bytes:
                 raise ContentMismatch(f"the tar stream has {found.bytes} bytes, not {declared.content_bytes}")
-        return ReceivedContent(found.blake3, found.bytes, found.members)
+        return ReceivedContent(found.blake3, found.bytes, found.members), read_from
 
-    def _make_receipt(self, episode: str, sha256: str, size: int, content: ReceivedContent | None) -> Receipt:
+    def _make_receipt(
+        self, episode: str, sha256: str, size: int, content: ReceivedContent | None, read: Read
+    ) -> Receipt:
         return Receipt(
             episode=episode,
             artifact=ReceivedArtifact(sha256, size),
             content=content,
             verified="content" if content is not None else "artifact",
-            stored_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            stored_at=_now(),
             receiver=self._name,
+            read=read,
         )
 
     def _recover(self, episode: str) -> Receipt | None:
@@ -299,10 +327,11 @@ class Store:
                     sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             except FileNotFoundError:
                 return None
-            content = None
+            content, content_from = None, None
             with contextlib.suppress(ArtifactError):
-                content = self._verify_content(self.artifact_path(episode), None)
-            receipt = self._make_receipt(episode, sha256, stat.st_size, content)
+                content, content_from = self._verify_content(self.artifact_path(episode), None)
+            read = Read(artifact="file", content=content_from, at=_now())
+            receipt = self._make_receipt(episode, sha256, stat.st_size, content, read)
             durable.write_file(self._receipt_path(episode), _encode(receipt))
             return receipt
 
@@ -325,6 +354,10 @@ class Store:
 
     def _waiting_receipt(self, episode: str, inode: int) -> Path:
         return self._uploads / f"{episode}.{inode}.receipt"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _encode(receipt: Receipt) -> bytes:

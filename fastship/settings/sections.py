@@ -110,6 +110,7 @@ class ReceiverSettings(Section, frozen=True, kw_only=True, forbid_unknown_fields
     tls_key: File = ""
     client_ca: File = ""
     verify: Literal["content", "artifact"] = "content"
+    read_back: bool = False
     max_bytes: Size = 0
     reserve_bytes: Size = 512 << 20
     sync_bytes: Annotated[int, msgspec.Meta(ge=1 << 16, extra={"kind": "size"})] = 32 << 20

@@ -81,6 +81,64 @@ def test_publishing_leaves_artifact_and_receipt_only(store: Store) -> None:
     assert store.artifact_path("e").read_bytes() == data
 
 
+def flip(path: Path, at: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_what_came_in_one_request_is_believed_as_it_came(store: Store) -> None:
+    data = make_artifact()
+    published = store.publish(one_shot(store, data), declared(data))
+    assert isinstance(published, tuple)
+    read = published[1].read
+    assert read is not None
+    assert (read.artifact, read.content) == ("arriving", "file")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_lay_on_the_disk_is_read_again_before_it_is_published(store: Store, named: bool) -> None:
+    data = make_artifact()
+    told = declared(data) if named else declared(data, sha256=None)
+    upload = store.uploads.create(told)
+    upload.partial.write([data[:1000]])
+    upload.tell()
+    store.uploads.remember(upload)
+    upload.close()
+    flip(store.uploads._path(upload.token, "part"), 500)
+    upload = store.uploads.take(upload.token)
+    assert upload.partial.running is not None
+    upload.partial.write([data[1000:]])
+    with pytest.raises(DigestMismatch, match="on the receiver's disk"):
+        store.publish(upload.partial, told)
+    assert names(store.root / "episodes") == set()
+    flip(store.uploads._path(upload.token, "part"), 500)
+    published = store.publish(upload.partial, told)
+    assert isinstance(published, tuple)
+    read = published[1].read
+    assert read is not None
+    assert read.artifact == "file"
+    upload.close()
+
+
+def test_everything_is_read_back_where_that_is_set(tmp_path: Path) -> None:
+    store = Store(ReceiverSettings(root=str(tmp_path / "root"), read_back=True))
+    data = make_artifact()
+    partial = one_shot(store, data)
+    flip(partial.path, 500)
+    with pytest.raises(DigestMismatch, match="on the receiver's disk"):
+        store.publish(partial, declared(data))
+    flip(partial.path, 500)
+    published = store.publish(partial, declared(data))
+    assert isinstance(published, tuple)
+    read = published[1].read
+    assert read is not None
+    assert read.artifact in ("disk", "file")  # a file system in memory has no disk to read from
+    partial.close()
+
+
 def test_what_is_not_as_declared_is_not_published(store: Store) -> None:
     data = make_artifact()
     with pytest.raises(DigestMismatch):

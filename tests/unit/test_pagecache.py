@@ -10,9 +10,10 @@ from typing import get_args
 
 import pytest
 
+from fastship import pagecache
 from fastship.frames import FramePool
-from fastship.pack import PackOptions, pack, pagecache
-from fastship.pack.pagecache import LARGE_BYTES, Care, cached_bytes, give_back, to_be_given_back
+from fastship.pack import PackOptions, pack
+from fastship.pagecache import LARGE_BYTES, Care, cached_bytes, give_back, to_be_given_back
 
 SIZE = 3 * LARGE_BYTES
 

@@ -1,10 +1,13 @@
-"""The page cache while an episode is read: a host that records needs it for other things.
+"""The page cache: what of a file is in it, and letting go of that.
+
+A host that records needs it for other things than an episode that is read once (``pack.stream``); a receiver that
+asks whether its *disk* still has an artifact must not be answered by it (``receiver``).
 
 What always holds: pages that are dirty, mapped by somebody or (``as-found``) were there before are left alone; nothing
 here can fail a pack, and where the kernel cannot say what is cached, nothing is given back.
 
 Artifacts need no such care: an artifact is unlinked when its receipt is durable, and its pages go with it, most of them
-before they were ever written to the disk. Imports nothing of fastship; ``stream`` imports it.
+before they were ever written to the disk. Imports nothing of fastship.
 """
 
 from __future__ import annotations
