@@ -183,12 +183,21 @@ def read_answer(request: Request, answer: Answer, most_bytes: int, known_url: st
         )  # this append arrived damaged and was dropped: its offset is asked for and it is sent again
     if answer.status in (404, 410) and (about_upload or appending):
         return CreateAgain()  # the upload is gone, not the episode
-    if answer.status == 400 and complete is True and _error_code(answer) in (None, DIGEST_MISMATCH):
+    if answer.status == 400 and complete is True and error_code(answer) in (None, DIGEST_MISMATCH):
         return Mismatch()
     return Final()
 
 
-def _error_code(answer: Answer) -> str | None:
+def verdict_of_final(answer: Answer, resumed_at: int) -> Verdict:
+    """What a `Final` that is no success comes to."""
+    verdict = verdict_of_status(answer, resumed_at)
+    if answer.status // 100 == 5 and fields.parse_boolean(answer.field(fields.UPLOAD_COMPLETE)) is False:
+        # Of this upload alone (another request took over, it is being verified): no reason to pause all.
+        return msgspec.structs.replace(verdict, scope=Scope.NETWORK)
+    return verdict
+
+
+def error_code(answer: Answer) -> str | None:
     """The ``code`` of a JSON error body; None where it has none."""
     try:
         return msgspec.json.decode(answer.body, type=_ErrorBody).code
@@ -351,11 +360,7 @@ class _NativeCourse:
             case Final() if answer.status in (200, 201, 204):
                 return (yield from prove(answer, self._manifest, self._destination, self._upload, self._resumed_at))
             case Final():
-                verdict = verdict_of_status(answer, self._resumed_at)
-                about_upload = fields.parse_boolean(answer.field(fields.UPLOAD_COMPLETE)) is False
-                if about_upload and answer.status // 100 == 5:
-                    # Of this upload alone (another request took over, it is being verified): no reason to pause all.
-                    verdict = msgspec.structs.replace(verdict, scope=Scope.NETWORK)
+                verdict = verdict_of_final(answer, self._resumed_at)
                 if not row_of_status(answer).retried:
                     return verdict
                 return (yield from self._wait(verdict, retry_after_s(answer)))

@@ -6,8 +6,10 @@ is the artifact's own is the upload published. What always holds in a course:
 
 - nothing is published of which the receiver did not name our SHA-256;
 - it sends only bytes that will not change, from the offset that the receiver named last;
-- it can only help: whatever goes wrong with the upload before it is published ends in way 2, once the artifact is
-  whole. So no verdict but that of a published one comes from here, and every rule about verdicts stands in one place.
+- it can only help: whatever is wrong with the upload before it is published ends in way 2, once the artifact is whole.
+  So every rule about what an episode is told stands in one place, and from here come two verdicts alone: that of a
+  published one, and that the destination cannot be reached, after which the next attempt finds the upload where it
+  stands. Way 2 would begin another one from 0.
 
 Pure, as ``native``, whose requests and readings it uses. The session imports it.
 """
@@ -44,9 +46,11 @@ from fastship.upload.native import (
     answer_timeout_s,
     commit_fields,
     episode_url,
+    error_code,
     native_upload,
     prove,
     read_answer,
+    verdict_of_final,
 )
 from fastship.upload.verdict import (
     retry_after_s,
@@ -68,8 +72,11 @@ _INTEROP = (fields.UPLOAD_DRAFT_INTEROP_VERSION, fields.INTEROP_VERSION)
 _PUBLISHING = (fields.UPLOAD_COMPLETE, fields.format_boolean(True))
 _DROPPED = Verdict(outcome=Outcome.TRANSIENT, scope=Scope.EPISODE, error="packing it failed while it was being sent")
 
-_Next: TypeAlias = Generator[Step, Result, Request | None]
-"""Gives the request that follows; None gives the streaming up."""
+_UNREACHED = frozenset({401, 403, 407, 408, 421, 425, 429, 500, 502, 503, 504, 507, 511})
+"""Statuses that say nothing of the upload: it stands, and there is no getting at it now."""
+
+_Next: TypeAlias = Generator[Step, Result, Request | Verdict | None]
+"""Gives the request that follows or the verdict; None gives the streaming up."""
 
 
 def streamed_upload(
@@ -110,38 +117,41 @@ class _StreamCourse:
         self._destination = destination
         self._upload = upload
         self._url = url
+        self._jitter = jitter
         self._retries = Retries(upload, jitter)
         self._growth = Growth()
         self._highest = -1  # offset the receiver ever named
         self._resumed_at = 0
 
     def run(self) -> Generator[Step, Result, Verdict | None]:
-        """The verdict on what was published, None where nothing was."""
+        """The verdict on what was published, or on a destination that is not there; None: way 2."""
         yield from self._await(0)
-        request = self._look() if self._url else (yield from self._begin())
-        while request is not None:
-            result = yield request
+        following = self._look() if self._url else (yield from self._begin())
+        while isinstance(following, Request):
+            result = yield following
             if isinstance(result, Fault):
                 verdict = verdict_of_fault(result, self._resumed_at)
-                request = yield from self._again(verdict, row_of_fault(result).retried)
+                following = yield from self._again(verdict, row_of_fault(result).retried, unreached=True)
                 continue
             assert isinstance(result, Answer), f"a request ends in an Answer or a Fault, not {result!r}"
-            reading = read_answer(request, result, self._growth.bytes, self._url or None)
+            reading = read_answer(following, result, self._growth.bytes, self._url or None)
             match reading:
                 case UploadPlace():
-                    request = yield from self._go_on(request, result, reading)
+                    following = yield from self._go_on(following, result, reading)
                 case CreateAgain():
-                    request = yield from self._after_loss(result)
-                case Final() if _PUBLISHING in request.fields and result.status in (200, 201):
+                    following = yield from self._after_loss(result)
+                case Final() if _PUBLISHING in following.fields and result.status in (200, 201):
                     manifest = self._growth.manifest
                     assert manifest is not None
                     return (yield from prove(result, manifest, self._destination, self._upload, self._resumed_at))
                 case Final():
-                    verdict, retried = verdict_of_status(result, self._resumed_at), row_of_status(result).retried
-                    request = yield from self._again(verdict, retried, retry_after_s(result))
+                    verdict, retried = verdict_of_final(result, self._resumed_at), row_of_status(result).retried
+                    # A 500 of the receiver's own may be about what it has of this very upload.
+                    unreached = result.status in _UNREACHED and not (result.status == 500 and error_code(result))
+                    following = yield from self._again(verdict, retried, retry_after_s(result), unreached=unreached)
                 case _:  # a mismatch or a misbehaviour
-                    request = None
-        return None
+                    following = None
+        return following
 
     def _begin(self) -> _Next:
         """Where the id is taken, way 2 asks with the digest what that means: nothing is sent in vain."""
@@ -177,16 +187,28 @@ class _StreamCourse:
     def _after_loss(self, answer: Answer) -> _Next:
         """The upload is gone, or the last append was dropped for being damaged."""
         if answer.status in (404, 410):
+            if fields.parse_boolean(answer.field(fields.UPLOAD_COMPLETE)) is not False:
+                return None  # whoever says so may not know of uploads at all: way 2 asks, and this one is remembered
             self._url, self._highest = "", -1
             yield Remember("")
         return (yield from self._again(verdict_of_status(answer, self._resumed_at), retried=True))
 
-    def _again(self, verdict: Verdict, retried: bool, asked_s: float | None = None) -> _Next:
-        """After a failure: where does the upload stand?"""
+    def _again(
+        self, verdict: Verdict, retried: bool, asked_s: float | None = None, *, unreached: bool = False
+    ) -> _Next:
+        """After a failure: where does the upload stand? ``unreached``: that is where it will be found."""
         seconds = self._retries.next_wait_s(asked_s) if retried else None
-        if seconds is None:
+        if seconds is not None:
+            yield Wait(seconds, verdict)
+        elif not self._url or not unreached:
             return None
-        yield Wait(seconds, verdict)
+        elif self._is_whole:
+            return verdict
+        else:
+            yield from self._await(WHOLE)  # the destination is left alone meanwhile
+            if self._growth.dropped:
+                return None
+            self._retries = Retries(self._upload, self._jitter)
         return self._look() if self._url else self._create()
 
     def _cancel(self) -> _Next:

@@ -348,6 +348,48 @@ def test_a_line_that_is_always_cut_ends_the_attempt() -> None:
     assert len(played.waits) == 2 * UPLOAD.retries  # while it is packed, and after
 
 
+def lost_after(receiver: ModelReceiver, count: int, told: Answer | Fault) -> Callable[[Request], Answer | Fault]:
+    """The destination is well for ``count`` requests; then all that is heard of it is ``told``."""
+    return lambda request: receiver(request) if len(receiver.requests) < count else told
+
+
+UNREACHED = [CUT, Fault(FaultKind.DNS, "no such name"), *map(answer, (401, 404, 429, 500, 502, 503))]
+
+
+@pytest.mark.parametrize("told", UNREACHED, ids=lambda told: told.kind if isinstance(told, Fault) else str(told.status))
+def test_an_outage_costs_nothing_of_what_arrived(told: Answer | Fault) -> None:
+    """It is longer than all retries: the next attempt finds the upload where it stands."""
+    receiver = ModelReceiver()
+    played = play(lost_after(receiver, 4, told))
+    assert played.verdict.outcome is Outcome.TRANSIENT
+    assert played.remembered == [DESTINATION.url + PLACE]
+    assert receiver.highest > 5 * MEBI
+    played = play(receiver, Packing(step_bytes=len(DATA)), url=DESTINATION.url + PLACE)
+    assert played.verdict.outcome is Outcome.SHIPPED
+    assert receiver.resent_bytes == 0
+
+
+def test_an_outage_that_ends_while_it_is_packed_costs_nothing() -> None:
+    receiver = ModelReceiver()
+    receiver.faults = dict.fromkeys(range(4, 4 + UPLOAD.retries + 1), lambda _request: CUT)
+    played = play(receiver)
+    assert played.verdict.outcome is Outcome.SHIPPED
+    assert len(played.waits) == UPLOAD.retries  # then it is waited for the whole
+    assert receiver.resent_bytes == 0
+
+
+def test_a_receiver_that_fails_at_this_upload_alone_gets_way_2() -> None:
+    receiver = ModelReceiver()
+    failed = answer(500, b'{"error": "the receiver\'s disk failed", "code": "storage"}', upload_complete="?0")
+
+    def fail(request: Request) -> Answer | Fault:
+        found = receiver(request)
+        return failed if request.url.endswith(PLACE) else found
+
+    assert play(fail).verdict.outcome is Outcome.SHIPPED
+    assert receiver.published == DATA
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_whatever_fails_it_ends_right_and_sends_little_twice(data: st.DataObject) -> None:
