@@ -8,7 +8,9 @@ The only module that imports pycurl. What always holds:
 - where a refusal's body echoes the token, it is taken out of the `Answer`;
 - a proxy of the environment (``https_proxy``, ``no_proxy``...) counts, but never for this machine itself;
 - TLS is verified (peer and host name), only http and https are spoken, redirects are not followed;
-- an `Answer` came whole (libcurl ended without error, so its status is to be trusted), else it is a `Fault`.
+- an `Answer` came whole (libcurl ended without error, so its status is to be trusted, and the empty line behind its
+  fields was there, which libcurl does not mind: without the rest of them its status may mean something else), else it
+  is a `Fault`.
 
 HTTP/1.1 over kept-alive connections: for bulk, several connections beat several streams of one. Driven by
 ``epoll`` and libcurl's ``socket_action``, so it sleeps for as long as there is nothing to do.
@@ -454,13 +456,16 @@ class _Transfer:
         self._body += piece[: BODY_LIMIT_BYTES - len(self._body)]
         return None if self._body_bytes <= ANSWER_LIMIT_BYTES else -1
 
-    def answer(self) -> Answer:
+    def answer(self) -> Answer | Fault:
+        status = int(self.easy.getinfo(pycurl.RESPONSE_CODE))
+        if not self._head_whole or status < 200:
+            return Fault(FaultKind.NETWORK, "the connection was cut within the fields of the answer")
         fields: dict[str, str] = {}
         for line in self._head:
             name, _, value = line.decode("iso-8859-1").partition(":")
             name, value = name.strip().lower(), value.strip()
             fields[name] = f"{fields[name]}, {value}" if name in fields else value
-        status, body = int(self.easy.getinfo(pycurl.RESPONSE_CODE)), bytes(self._body)
+        body = bytes(self._body)
         if status >= 300 and len(self._token) >= TOKEN_SECRET_CHARACTERS:  # what is kept and logged, never a receipt
             body = body.replace(self._token.encode("ascii"), b"(the token)")
         return Answer(status, fields, body)

@@ -243,6 +243,22 @@ def test_a_truncated_answer_is_no_answer(small: Artifact) -> None:
     assert server.outline == ["PUT", "PUT", "PATCH 0"]
 
 
+@pytest.mark.parametrize("before", [b"", b"HTTP/1.1 100 Continue\r\n\r\n"], ids=["", "after 100"])
+def test_an_answer_that_is_cut_within_its_fields_is_no_answer(small: Artifact, before: bytes) -> None:
+    """The rest of these fields says that it is about the upload: without them it would be a hold. libcurl ends well."""
+    answer = before + b"HTTP/1.1 409 Conflict\r\nUpload-Complete: ?0\r\nUpload-Offset: 0\r\nContent-Length: 0\r\n\r\n"
+    for count in range(len(answer)):
+
+        def truncated(peer: Peer, head: Head, count: int = count) -> None:
+            peer.body(head)
+            peer.sock.sendall(answer[:count])
+            peer.cut()
+
+        with Server(Keeper(small, truncated)) as server:
+            verdict = ship(small, to(server), UPLOAD)
+        assert verdict.outcome is Outcome.SHIPPED, answer[:count]
+
+
 @pytest.mark.parametrize("noise", [b"SSH-2.0-OpenSSH_9.6\r\n", b"\x00\xff\x00", b"HTTP/1.1 \r\n\r\n"])
 def test_what_is_no_http_is_the_destinations_fault(small: Artifact, noise: bytes) -> None:
     def babble(peer: Peer, head: Head) -> None:
