@@ -31,6 +31,29 @@ def sync_directory(path: Path | str) -> None:
         os.close(fd)
 
 
+def make_directories(paths: Iterable[Path]) -> None:
+    """Make those directories that are missing, and what is missing above them; their names survive a power loss.
+
+    Also the names of those that were there: whoever made one may have died before it was synced. (Not where we may
+    not read the directory above: then neither did we make anything in it.) May be repeated.
+    """
+    above: dict[Path, bool] = {}  # to be synced, in this order; whether we made something in it
+    for path in paths:
+        missing = [path]
+        while not os.path.lexists(missing[0].parent):
+            missing.insert(0, missing[0].parent)
+        for one in missing:
+            made = not os.path.lexists(one)
+            one.mkdir(exist_ok=True)
+            above[one.parent] = above.get(one.parent, False) or made
+    for parent, made in above.items():
+        try:
+            sync_directory(parent)
+        except PermissionError:
+            if made:
+                raise
+
+
 def write_all(fd: int, data: bytes | memoryview) -> None:
     """Write every byte of ``data`` at the descriptor's offset (``write(2)`` may take fewer)."""
     view = memoryview(data)

@@ -83,7 +83,7 @@ def offset_mismatch(expected: int, provided: int) -> Answer:
     )
 
 
-def length_mismatch(text: str, offset: int) -> Answer:
+def length_mismatch(text: str, offset: int | None = None) -> Answer:
     """400 about the upload: the request's idea of the whole length cannot be."""
     title = "inconsistent length values for upload"
     return error(400, "inconsistent-length", text, *about_upload(offset), type=LENGTH_MISMATCH, title=title)

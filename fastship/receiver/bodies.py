@@ -19,7 +19,7 @@ import fcntl
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fastship import durable
@@ -55,12 +55,20 @@ class Bodies:
         return path.parent == self.directory and path.exists()
 
     def take_over(
-        self, token: str, part: Path, have_bytes: int, most_bytes: int | None, wait_s: float, only: Path | None = None
+        self,
+        token: str,
+        part: Path,
+        have_bytes: int,
+        most_bytes: int | None,
+        wait_s: float,
+        replacing: Callable[[], None],
+        only: Path | None = None,
     ) -> int:
         """Take all of an upload from their requests; one that has more than ``part``, and not too much, becomes it.
 
-        ``only``: no other than this. Gives the part's durable bytes, ``have_bytes`` when it is what it was. The caller
-        holds the upload's lock, so no two of these meet. Raises `Busy` after ``wait_s``: one is being published.
+        ``replacing`` is called before one becomes it. ``only``: no other than this. Gives the part's durable bytes,
+        ``have_bytes`` when it is what it was. The caller holds the upload's lock, so no two of these meet. Raises
+        `Busy` after ``wait_s``: one is being published.
         """
         deadline = time.monotonic() + wait_s
         for name in sorted(os.listdir(self.directory)):
@@ -73,10 +81,14 @@ class Bodies:
                 continue
             try:
                 _lock(fd, deadline)
-                size = os.fstat(fd).st_size
+                status = os.fstat(fd)
+                size = status.st_size
                 if not path.exists():
                     continue  # its request has ended meanwhile
-                if have_bytes < size <= (size if most_bytes is None else most_bytes) and _is_durable(fd):
+                more = have_bytes < size <= (size if most_bytes is None else most_bytes)
+                published = status.st_nlink > 1  # and its process died before this name went: nobody writes it again
+                if more and not published and _is_durable(fd):
+                    replacing()
                     os.rename(path, part)
                     durable.sync_directory(part.parent)
                     have_bytes = size

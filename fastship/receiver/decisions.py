@@ -155,7 +155,7 @@ def read_append(headers: Mapping[str, str], body: Body) -> Append | Answer:
     if body.complete and body.length is not None:
         if length not in (None, offset + body.length):
             text = "Upload-Offset and Content-Length do not add up to Upload-Length"
-            return answers.length_mismatch(text, offset)
+            return answers.length_mismatch(text)
         length = offset + body.length
     content = _read_content(headers)
     if isinstance(content, Answer):

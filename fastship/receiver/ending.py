@@ -62,7 +62,8 @@ class Ending:
     def finish(self, upload: Upload) -> Answer:
         offset, length = upload.partial.offset, upload.declared.length
         if length is not None and offset != length:
-            return answers.length_mismatch(f"the upload has {offset} of {length} bytes and cannot be complete", offset)
+            text = f"the upload has {offset} of {length} bytes and cannot be complete"
+            return answers.length_mismatch(text, upload.tell())
         with upload.exclusive():
             answer, good = self.publish(upload.partial, upload.declared)
             if not good:

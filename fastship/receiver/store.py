@@ -7,8 +7,9 @@ What always holds: a name in ``episodes/`` is given by ``link(2)``, never replac
 synced and verified. The artifact is the fact, the receipt follows from it, so the order is
     receipt synced as uploads/<id>.<inode>.receipt -> artifact linked, directory synced -> receipt renamed into place
 and a crash between any two of these loses nothing: whoever next asks for an artifact without a receipt (`mend` asks
-for all, at each start) finds the one that waits under the artifact's inode (a link keeps it) and renames it, or
-makes it again by reading the artifact. A receipt without its artifact says nothing and is removed before that id
+for all, at each start) syncs both, finds the one that waits under the artifact's inode (a link keeps it) and renames
+it, or makes it again by reading the artifact. So an artifact with a receipt in its place has a name that survives, and
+nobody is told of any other. A receipt without its artifact says nothing and is removed before that id
 is published.
 
 Blocks on the disk. Imported by ``app`` and ``server``.
@@ -105,14 +106,15 @@ class Store:
         self._recovering = threading.Lock()
         self._stopping = threading.Event()
         try:
-            for directory in (self._episodes, self._uploads / "ended", self._uploads / "bodies"):
-                directory.mkdir(parents=True, exist_ok=True)
+            durable.make_directories([self.root])
+            secret = _secret(self.root)
+            inside = (self._uploads / "ended", self._uploads / "bodies")
+            durable.make_directories([self._episodes, self._uploads, *inside])  # makes the secret's name durable, too
             if os.stat(self._episodes).st_dev != os.stat(self._uploads).st_dev:
                 raise ReceiverError(
                     f"{self._episodes} and {self._uploads} are on two file systems",
                     remedy="keep the receiver's root on one: an artifact is published by a link",
                 )
-            secret = _secret(self.root)
         except OSError as error:
             raise ReceiverError(
                 f"receiver.root {self.root} cannot be used: {error}", remedy="make it writable for the receiver"
@@ -318,6 +320,10 @@ class Store:
             try:
                 with open(self.artifact_path(episode), "rb") as file:
                     stat = os.fstat(file.fileno())
+                    # Whoever gave it its name may not have come to sync that, and may have died; whoever put a file
+                    # there by hand synced nothing. Until both are durable it is not stored, and has no receipt.
+                    os.fsync(file.fileno())
+                    durable.sync_directory(self._episodes)
                     with contextlib.suppress(FileNotFoundError):
                         os.rename(self._waiting_receipt(episode, stat.st_ino), self._receipt_path(episode))
                     receipt = self._read_receipt(episode)
@@ -365,7 +371,10 @@ def _encode(receipt: Receipt) -> bytes:
 
 
 def _secret(root: Path) -> bytes:
-    """The key of the upload tokens, made once; two processes that start together agree on one."""
+    """The key of the upload tokens, made once; two processes that start together agree on one.
+
+    The caller syncs ``root``: whoever made it may have died before.
+    """
     path = root / "secret"
     with contextlib.suppress(FileNotFoundError):
         return path.read_bytes()

@@ -4,9 +4,10 @@
 ``<token>.lock`` (see ``lock``); of each that ended ``ended/<token>.json``, the tombstone with its final answer;
 and bodies of one-shot PUTs (see ``bodies``).
 
-What always holds: an offset that is told is durable, data and counter; after another boot the part is cut back to
-what was synced; ``<token>.json`` exists before anybody hears of the token; the newer of two requests on an upload has
-it, whichever ways they are of, and the older one stops.
+What always holds: an offset that is told is durable: data, counter and the names of both; after another boot the part
+is cut back to what was synced; ``<token>.json`` exists before anybody hears of the token; a lock's line names this boot
+only while the upload's names are durable; no byte changes of a part that has been given an artifact's name; the newer
+of two requests on an upload has it, whichever ways they are of, and the older one stops.
 
 Blocks on the disk. Imported by ``store`` and ``app``.
 """
@@ -126,8 +127,7 @@ class Uploads:
         self._max_age_s = max_age_s
         self._boot = durable.boot_id()
         self._bodies = Bodies(directory, self._boot)
-        # Of uploads that this process wrote last, by token.
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, _Running] = {}  # of uploads that this process wrote last, by token
         self._reserved = Reserved(directory, lambda token: getattr(self._read(token), "length", None))
 
     def token(self, declared: Declared) -> str:
@@ -156,6 +156,8 @@ class Uploads:
             try:
                 with lock.locked(wait_s):
                     known = self._read(token)
+                    # How an older upload of this token ended is no answer to this one; a power loss may bring it back.
+                    durable.unlink_if_present(self._ended / f"{token}.json")
                     if known is None:
                         self._begin(token, declared, lock)
                     upload = self._take(token, known or declared, lock, wait_s)
@@ -287,8 +289,7 @@ class Uploads:
     def ended(self, token: str) -> Look | None:
         """The tombstone."""
         try:
-            raw = (self._ended / f"{_checked(token)}.json").read_bytes()
-            return msgspec.json.decode(raw, type=Look)
+            return msgspec.json.decode((self._ended / f"{_checked(token)}.json").read_bytes(), type=Look)
         except (FileNotFoundError, msgspec.MsgspecError):
             return None
 
@@ -353,12 +354,13 @@ class Uploads:
         return now - max(times) > limit_s
 
     def _begin(self, token: str, declared: Declared, lock: UploadLock) -> None:
-        # The part first: a record with no part would be an upload that lost its bytes.
-        os.close(os.open(self._path(token, "part"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644))
-        # A token may come again: nothing that any process remembers of the one before may fit this one.
-        lock.write(State(secrets.randbelow(_GENERATIONS), 0, -1, self._boot), durably=True)
-        durable.write_file(self._path(token, "json"), msgspec.json.encode(declared))
-        durable.unlink_if_present(self._ended / f"{token}.json")
+        # The part first: a record with no part would be an upload that lost its bytes. Always a new file: what a power
+        # loss left under this name may be an artifact that was published.
+        part = self._path(token, "part")
+        durable.unlink_if_present(part)
+        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+        durable.write_file(self._path(token, "json"), msgspec.json.encode(declared))  # makes all three names durable
+        lock.write(State(boot=self._boot))
         self._reserved.note(token, declared.length)
 
     def _take(
@@ -370,11 +372,15 @@ class Uploads:
         """
         before = self._settle(token, lock, grow=True)
         path = self._path(token, "part")
-        # A crash after this leaves the old counter beside the new part: in this boot the part's size counts, in another
-        # one the counter, up to which both are the same beginning.
-        offset = self._bodies.take_over(token, path, before.synced, declared.length, wait_s, body)
-        before = before._replace(synced=offset)
         generation = before.generation + 1
+
+        def replacing() -> None:
+            # Nobody may go on with what was the part, and of the new one no more counts than of both, up to where they
+            # are the same beginning, until its name is durable.
+            lock.write(before._replace(generation=generation, boot="-"))
+
+        offset = self._bodies.take_over(token, path, before.synced, declared.length, wait_s, replacing, body)
+        before = before._replace(synced=offset)
         lock.write(before._replace(generation=generation))
         running = self._running.pop(token, None)
         if running is not None and running[:2] != (before.generation, before.synced):
@@ -397,14 +403,26 @@ class Uploads:
         """Under the lock: find out how many bytes count and make them durable, with the counter.
 
         Bytes of this boot count as the file's size says, whatever process wrote them; of another boot, only
-        what was synced. ``grow``: the caller takes the upload over, so bytes that do not count are cut off.
+        what was synced. ``grow``: the caller takes the upload over, so bytes that do not count are cut off. Raises
+        `Gone` when the part has been published: a crash came before it lost this name, or a power loss gave it back.
         """
         state = lock.read()
+        if not state.generation:
+            # A token may come again: nothing that any process remembers of the one before may fit this one.
+            state = state._replace(generation=1 + secrets.randbelow(_GENERATIONS))
         # Made where it is missing: a crash may have come after the part was published and before the record went.
-        fd = os.open(self._path(token, "part"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        part = self._path(token, "part")
+        made = not part.exists()
+        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            size = os.fstat(fd).st_size
+            status = os.fstat(fd)
+            if status.st_nlink > 1:
+                self._remove(token)
+                raise Gone
+            size = status.st_size
             same_boot = bool(self._boot) and state.boot == self._boot
+            if made or not same_boot:
+                durable.sync_directory(self._directory)
             offset = size if same_boot else min(size, state.synced)
             if state.held >= 0:
                 offset = min(offset, state.held)

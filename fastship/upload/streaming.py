@@ -185,13 +185,15 @@ class _StreamCourse:
         return (yield from self._cancel())  # it does not say, or it has something else: it is sent anew by way 2
 
     def _after_loss(self, answer: Answer) -> _Next:
-        """The upload is gone, or the last append was dropped for being damaged."""
-        if answer.status in (404, 410):
+        """The upload is gone, perhaps because it was published and we were not told, or the last append was damaged."""
+        gone = answer.status in (404, 410)
+        if gone:
             if fields.parse_boolean(answer.field(fields.UPLOAD_COMPLETE)) is not False:
                 return None  # whoever says so may not know of uploads at all: way 2 asks, and this one is remembered
             self._url, self._highest = "", -1
             yield Remember("")
-        return (yield from self._again(verdict_of_status(answer, self._resumed_at), retried=True))
+        following = yield from self._again(verdict_of_status(answer, self._resumed_at), retried=True)
+        return (yield from self._begin()) if gone and isinstance(following, Request) else following
 
     def _again(
         self, verdict: Verdict, retried: bool, asked_s: float | None = None, *, unreached: bool = False

@@ -187,12 +187,15 @@ def test_killed_at_each_step_of_publishing(start: Start, call: str, number: int,
     # Python calls the older or the newer of a call's forms, as the architecture has them; "?" allows for both.
     calls = f"?{call},?{call}at" + (",?renameat2" if call == "rename" else "")
     trace = ("-e", f"trace={calls}", "-e", f"inject={calls}:signal=SIGKILL:when={number}")
-    try:
-        server = start(prefix=("strace", "-f", "-qq", "-o", "/dev/null", *trace))
-    except AssertionError as error:
-        if "not permitted" in str(error):
-            pytest.skip("this machine lets nobody trace processes")
-        raise
+    server = start()
+    attach = ["strace", "-f", "-o", "/dev/null", *trace, "-p", str(server.process.pid)]  # not to what its start syncs
+    strace = subprocess.Popen(attach, stderr=subprocess.PIPE, text=True)
+    assert strace.stderr is not None
+    said = strace.stderr.readline()
+    if "not permitted" in said:
+        strace.wait(WAIT_S)
+        pytest.skip("this machine lets nobody trace processes")
+    assert "attached" in said
     killed = False
     try:
         if way == SMALL:
@@ -206,6 +209,8 @@ def test_killed_at_each_step_of_publishing(start: Start, call: str, number: int,
         killed = True
     assert killed, "the publishing does not have this step any more: correct the list"
     server.kill()
+    strace.stderr.close()
+    strace.wait(WAIT_S)
 
     server = start()
     before = server.stored("step")

@@ -48,6 +48,32 @@ def test_write_all_goes_on_where_the_kernel_took_less(tmp_path: Path, monkeypatc
     assert (tmp_path / "file").read_bytes() == b"0123456789abcd"
 
 
+def test_directories_are_made_with_what_is_above_them_and_every_name_is_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    real = durable.sync_directory
+
+    def sync(path: Path) -> None:
+        synced.append(path)
+        real(path)
+
+    monkeypatch.setattr(durable, "sync_directory", sync)
+    wanted = [tmp_path / "a" / "b" / "c", tmp_path / "a" / "b" / "d"]
+    for _ in range(2):
+        durable.make_directories(wanted)
+        assert all(path.is_dir() for path in wanted)
+    assert synced == [tmp_path, tmp_path / "a", tmp_path / "a" / "b", tmp_path / "a" / "b"]
+
+    def refused(path: Path) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(durable, "sync_directory", refused)
+    durable.make_directories(wanted)  # somebody else's, above ours
+    with pytest.raises(PermissionError):
+        durable.make_directories([tmp_path / "e"])
+
+
 def test_append_lines_closes_a_torn_line_off(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     durable.append_lines(path, [b"one", b"two"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -18,6 +19,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastship import durable
 from fastship.errors import ArtifactError, ReceiverError
 from fastship.receiver.answers import Answer
 from fastship.receiver.decisions import Declared
@@ -224,6 +226,32 @@ def test_a_root_that_cannot_be(tmp_path: Path) -> None:
         with pytest.raises(ReceiverError) as caught:
             Store(ReceiverSettings(root=root))
         assert caught.value.remedy
+
+
+def test_nobody_is_told_of_a_name_that_is_not_durable_yet(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread, or a process that was killed, gave it and has not synced it: whoever asks syncs it, or fails."""
+    data = make_artifact()
+    prepared = store.prepare(one_shot(store, data), declared(data))
+    assert not isinstance(prepared, Answer)
+    store.sync(prepared)
+    assert store.name(prepared) is None
+    synced: list[Path] = []
+
+    def failing(path: Path) -> None:
+        raise OSError(errno.EIO, "the directory cannot be synced")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "sync_directory", failing)
+        with pytest.raises(OSError, match="cannot be synced"):
+            store.receipt("e")
+    assert names(store.root) >= {"episodes/e.tar.zst"}
+    assert "episodes/e.receipt.json" not in names(store.root)
+    monkeypatch.setattr(durable, "sync_directory", lambda path: synced.append(path))
+    assert store.receipt("e") == prepared.receipt
+    assert synced == [store.root / "episodes"]
+    store.settle(prepared)
+    prepared.close()
+    assert names(store.root) == {"secret", "episodes/e.tar.zst", "episodes/e.receipt.json"}
 
 
 # --- uploads -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from fastship import durable
+from fastship.receiver.answers import Answer
 from fastship.receiver.decisions import Declared
+from fastship.receiver.ending import Ending
 from fastship.receiver.lock import Superseded
 from fastship.receiver.store import Store
 from fastship.receiver.uploads import LengthMismatch, UnknownUpload, Uploads
@@ -176,3 +179,112 @@ def test_an_artifact_that_cannot_be_read_stops_no_mending(tmp_path: Path) -> Non
     store.mend()
     assert (store.root / "episodes" / "good.receipt.json").exists()
     assert not stale.path.exists()
+
+
+# --- power losses and names --------------------------------------------------------------------------------------
+
+RESUMED: dict[str, Callable[[Uploads, str], object]] = {
+    "look": lambda uploads, token: uploads.look(token),
+    "take": lambda uploads, token: uploads.take(token),
+    "create": lambda uploads, token: uploads.create(declared(b"0123456789")).close(),
+}
+
+
+@pytest.mark.parametrize("record", [True, False])
+@pytest.mark.parametrize("how", RESUMED)
+def test_a_published_part_is_never_touched_again(tmp_path: Path, how: str, record: bool) -> None:
+    """Of what publishing removes a power loss gives back what it likes; the rest of the upload had not been told of."""
+    data = b"0123456789"
+    uploads = make_uploads(tmp_path)
+    token = send(uploads, data, data[:4])
+    part = uploads._directory / f"{token}.part"
+    artifact = tmp_path / "root" / "episodes" / "e.tar.zst"
+    with part.open("ab") as file:
+        file.write(data[4:])
+    os.link(part, artifact)
+    if not record:
+        (uploads._directory / f"{token}.json").unlink()
+    after = make_uploads(tmp_path)
+    after._boot = "another"
+    try:
+        RESUMED[how](after, token)
+    except UnknownUpload:
+        assert how != "create"
+    else:
+        assert how == "create"
+        assert after.look(token).offset == 0
+    assert artifact.read_bytes() == data
+    assert artifact.stat().st_nlink == (1 if record or how == "create" else 2)
+
+
+def test_a_creation_forgets_how_an_older_upload_of_its_token_ended(uploads: Uploads) -> None:
+    """Also where it finds one begun: a power loss may have brought the older end back."""
+    data = b"0123456789"
+    token = send(uploads, data, data[:4])
+    (uploads._ended / f"{token}.json").write_bytes(b'{"offset":10,"length":10,"ended":{"status":400}}')
+    assert uploads.ended(token) is not None
+    uploads.create(declared(data)).close()
+    assert uploads.ended(token) is None
+    assert uploads.look(token).offset == 4
+
+
+class Died(BaseException):
+    """The process was killed here."""
+
+
+def test_names_that_a_killed_process_did_not_sync_are_synced_before_an_offset_is_told(
+    uploads: Uploads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = b"0123456789"
+    synced: list[Path] = []
+
+    def die(path: Path) -> None:
+        raise Died
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "sync_directory", die)
+        with pytest.raises(Died):
+            uploads.create(declared(data))
+    assert (uploads._directory / f"{uploads.token(declared(data))}.json").exists()
+    after = make_uploads(tmp_path)
+    monkeypatch.setattr(durable, "sync_directory", lambda path: synced.append(path))
+    token = send(after, data, data[:4])
+    assert synced == [after._directory]
+    (after._directory / f"{token}.part").unlink()
+    assert after.look(token).offset == 0
+    assert synced == [after._directory] * 2  # the part was made again
+
+
+def test_a_kept_body_whose_new_name_was_not_synced_counts_only_once_it_is(
+    uploads: Uploads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = b"0123456789"
+    token = send(uploads, data, data[:2])
+    partial = uploads.one_shot(declared(data))
+    partial.write([data[:7]])
+
+    def die(path: Path) -> None:
+        raise Died
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "sync_directory", die)
+        with pytest.raises(Died):
+            uploads.keep(declared(data), partial)
+    assert (uploads._directory / f"{token}.part").read_bytes() == data[:7]
+    synced: list[Path] = []
+    monkeypatch.setattr(durable, "sync_directory", lambda path: synced.append(path))
+    after = make_uploads(tmp_path)
+    synced.clear()
+    assert after.look(token).offset == 2
+    assert synced == [after._directory]
+
+
+def test_an_end_before_the_declared_length_tells_only_of_what_is_durable(tmp_path: Path) -> None:
+    store = Store(ReceiverSettings(root=str(tmp_path / "root")))
+    upload = store.uploads.create(declared(b"0123456789"))
+    upload.partial.write([b"0123"])
+    answer = Ending(store).finish(upload)
+    assert isinstance(answer, Answer)
+    assert ("Upload-Offset", "4") in answer.fields
+    assert upload._lock.read().synced == 4
+    upload.close()
