@@ -15,6 +15,7 @@ import os
 import time
 from pathlib import Path
 
+from fastship import durable
 from fastship.errors import SpoolBusy, SpoolError
 
 DIRECTORIES = ("episodes", "outbox", "shipped", "quarantine", "holds", "receipts", "state", "state/requests")
@@ -39,19 +40,19 @@ class Layout:
         """Make what is missing and check the rest. Raises `SpoolError`. May be repeated."""
         if not str(self.root) or str(self.root) == ".":
             raise SpoolError("no spool is set", remedy="set [spool] root in fastship.toml, or: fastship init DIR")
-        devices: dict[int, Path] = {}
-        for name in DIRECTORIES:
-            path = self.root / name
-            try:
-                path.mkdir(parents=True, exist_ok=True)
-                status = path.lstat()
-            except OSError as error:
-                raise SpoolError(
-                    f"{path}: cannot be used: {error.strerror}", remedy="check spool.root and who owns it"
-                ) from None
+        paths = [self.root / name for name in DIRECTORIES]
+        try:
+            # Durably: an episode that is moved into a directory whose name is lost is lost, too.
+            durable.make_directories([self.root, *paths])
+            devices = {path.lstat().st_dev: path for path in reversed(paths)}
+        except OSError as error:
+            raise SpoolError(
+                f"{error.filename or self.root}: cannot be used: {error.strerror}",
+                remedy="check spool.root and who owns it",
+            ) from None
+        for path in paths:
             if not path.is_dir() or path.is_symlink():
                 raise SpoolError(f"{path}: is not a directory", remedy="the spool's own directories may not be links")
-            devices.setdefault(status.st_dev, path)
             if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
                 raise SpoolError(f"{path}: no permission", remedy=f"it must be writable for uid {os.geteuid()}")
         if len(devices) > 1:

@@ -270,6 +270,7 @@ class Spool:
             self.outbox.remove(name)
             durable.unlink_if_present(self.paths.holds / f"{name}.json")
         durable.unlink_if_present(path)
+        durable.sync_directory(self.paths.quarantine)  # or it would come back and condemn a later episode of that name
 
     def _put_reason(self, target: Path, reason: QuarantineReason) -> None:
         # Written outside and moved in: a crash may leave no temporary file among the episode's own.
@@ -308,7 +309,8 @@ class Spool:
     def retry(self, name: str, *, new_id: str | None = None) -> str:
         """Put a quarantined episode back into ``episodes/``, as it was; returns its id. Raises `UsageError`.
 
-        The reason is removed first: interrupted, the entry is in quarantine without a reason, nothing more.
+        The reason is removed first, durably, or it would come back inside the episode: interrupted, the entry is in
+        quarantine without a reason, nothing more.
         """
         path = self._quarantine_path(name)
         episode = new_id or path.name.split(_LATER)[0]
@@ -316,10 +318,12 @@ class Spool:
         if (self.paths.episodes / episode).exists():
             raise UsageError(f"episodes/{episode} is there already", remedy="give it another id with --as")
         reason = self._quarantined(path).reason
-        durable.unlink_if_present(path / REASON_FILE)
+        inside = durable.unlink_if_present(path / REASON_FILE)
         durable.unlink_if_present(path.with_name(f"{path.name}.{REASON_FILE}"))
         if reason is not None and reason.mtime_ns:
             os.utime(path, ns=(reason.mtime_ns, reason.mtime_ns))  # so its content digest is what it was
+        if inside:
+            durable.sync_directory(path)
         durable.move(path, self.paths.episodes / episode)
         return episode
 
@@ -354,10 +358,11 @@ class Spool:
 
     def _remove_entry(self, path: Path) -> None:
         # A reason beside it goes first, else nobody would remove it after an interruption. Then it is renamed: an
-        # interrupted removal is recognised and finished, and never looks like an entry.
+        # interrupted removal is recognised and finished, and never looks like an entry, nor does after a power loss.
         durable.unlink_if_present(path.with_name(f"{path.name}.{REASON_FILE}"))
         doomed = _free(self.paths.quarantine, f"{_REMOVING_PREFIX}{path.name}")  # one that would not go may be there
         os.rename(path, doomed)
+        durable.sync_directory(self.paths.quarantine)
         shutil.rmtree(doomed, ignore_errors=True)
 
     # --- holds -----------------------------------------------------------------------------------------------
@@ -367,8 +372,11 @@ class Spool:
         durable.write_file(self.paths.holds / f"{record.episode}.json", msgspec.json.encode(record))
 
     def release(self, episode: str) -> bool:
-        """End a hold; True when there was one. Not synced: one that comes back is released again."""
-        return durable.unlink_if_present(self.paths.holds / f"{episode}.json")
+        """End a hold, durably: nobody would release again one that came back. True when there was one."""
+        released = durable.unlink_if_present(self.paths.holds / f"{episode}.json")
+        if released:
+            durable.sync_directory(self.paths.holds)
+        return released
 
     def holds(self) -> list[HoldRecord]:
         """The holds, by id."""

@@ -352,6 +352,26 @@ def test_a_quarantine_is_durable_before_the_episode_moves(tmp_path: Path) -> Non
     assert reason < reason_named < forgotten
 
 
+SYNCED_AFTER = {
+    "quarantine": (("unlink", ".condemned-"), "/quarantine"),
+    "retry": (("unlink", REASON_FILE), "/quarantine/ep"),
+    "drop": (("rename", "/quarantine/ep"), "/quarantine"),
+    "keep-local": (("unlink", "/holds/ep.json"), "/holds"),
+}
+"""What a power loss may not bring back: the call that removes it, and the directory that is synced next."""
+
+
+@pytest.mark.parametrize("name", SYNCED_AFTER)
+def test_what_an_operator_was_told_is_durable(tmp_path: Path, name: str) -> None:
+    (call, about), directory = SYNCED_AFTER[name]
+    calls = run(new_spool(tmp_path / "spool", MOVES[name]), MOVES[name], None)
+    removed = next(number for number, made in enumerate(calls.made) if made[0] == call and about in made[1])
+    following = [made for made in calls.made[removed + 1 :] if made[0] not in ("utime", "unlink")]
+    kind, path = following[0]
+    assert kind == "fsync"
+    assert path.endswith(directory)
+
+
 @pytest.mark.parametrize("older", [None, b"ARTIFACT", b"longer artifact"])
 def test_an_artifact_is_whole_and_has_its_manifest_or_is_not_believed(tmp_path: Path, older: bytes | None) -> None:
     """Also where an older artifact of the same size stands there: its bytes are not what the new manifest says."""
