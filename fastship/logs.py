@@ -14,7 +14,9 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from typing import TYPE_CHECKING
+import traceback
+from collections.abc import MutableMapping
+from typing import TYPE_CHECKING, Any, TextIO
 
 from fastship.settings import LogSettings
 
@@ -109,8 +111,7 @@ def _configure_structlog(log: LogSettings) -> None:
     text = log.format == "text" or (log.format == "auto" and sys.stderr.isatty())
     renderer: structlog.typing.Processor
     if text:
-        plain = structlog.dev.plain_traceback  # structlog's own choice, rich's, prints every local variable
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)
+        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=_plain_traceback)
     else:
         renderer = structlog.processors.JSONRenderer()
     shared: list[structlog.typing.Processor] = [
@@ -120,8 +121,9 @@ def _configure_structlog(log: LogSettings) -> None:
     ]
     if not text:
         shared.append(structlog.processors.format_exc_info)  # as text: dict_tracebacks has every local variable
+    last: list[structlog.typing.Processor] = [_harmless, renderer] if text else [renderer]
     structlog.configure(
-        processors=[*shared, renderer],
+        processors=[*shared, *last],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.WriteLoggerFactory(file=_CurrentStderr()),  # type: ignore[arg-type]
         cache_logger_on_first_use=False,
@@ -129,8 +131,26 @@ def _configure_structlog(log: LogSettings) -> None:
     handler = logging.StreamHandler(_CurrentStderr())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
             foreign_pre_chain=shared,
         )
     )
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
+
+
+def _harmless(_logger: object, _method: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """What came from elsewhere (a name on disk, an answer) neither moves a terminal's cursor nor makes lines."""
+    for name, value in fields.items():
+        if isinstance(value, str) and not value.isprintable():
+            fields[name] = _escaped(value)
+    return fields
+
+
+def _plain_traceback(sio: TextIO, exc_info: structlog.typing.ExcInfo) -> None:
+    """structlog's own choice, rich's, prints every local variable."""
+    lines = "".join(traceback.format_exception(*exc_info)).splitlines()
+    sio.write("\n" + "\n".join(line if line.isprintable() else _escaped(line) for line in lines))
+
+
+def _escaped(text: str) -> str:
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)

@@ -91,3 +91,21 @@ def test_the_level_hushes_what_is_below_it(capsys: pytest.CaptureFixture[str]) -
     speak()
     events = [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()]
     assert events == ["went-wrong", "went wrong too"]
+
+
+def test_text_is_harmless_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(LogSettings(level="info", format="text"))
+    hostile = "a\x1b[2J\nb\x9b31m\u202ec\udce9"
+    log, library = structlog.get_logger("fastship.test"), logging.getLogger("fastship.receiver")
+    log.warning("first", episode=hostile, error=f"{hostile} and more", count=3)
+    library.warning("second %s", hostile)
+    try:
+        raise ValueError(hostile)
+    except ValueError:
+        log.exception("third")
+        library.exception("fourth")
+    err = capsys.readouterr().err
+    assert all(line.isprintable() for line in err.splitlines())
+    assert err.count("\\x9b31m\\u202ec\\udce9") == 5
+    assert err.count("Traceback") == 2
+    assert "count=3" in err
