@@ -29,11 +29,12 @@ import msgspec
 from fastship.episode import MARKER
 from fastship.errors import ArtifactError, ExtractError, ExtractRefused
 from fastship.frames import ArtifactReader, Header, Kind, Member, TarReader
-from fastship.pack.walk import printable
+from fastship.pack.walk import MOST_NAME_BYTES, printable
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_NAME_BYTES = 64 << 10  # sixteen times PATH_MAX; without a limit one name could make millions of directories
+_NAME_MAX = 255  # bytes of one part of a name (Linux)
+_COMPONENTS = 32 << 10  # of a name: without a limit one could make millions of directories
 _MARKER = MARKER.encode()
 _MARKER_BYTES = 64 << 10  # it is empty, or a word or two
 _FILE_MODE = 0o777
@@ -373,8 +374,8 @@ def _identity(fd: int) -> tuple[int, int]:
 def _components(name: bytes) -> tuple[bytes, ...]:
     """The name's parts; refused when it would lead out of the target."""
     parts = tuple(part for part in name.split(b"/") if part not in (b"", b"."))
-    if len(name) > _NAME_BYTES:
-        raise ExtractRefused(f"a member has a name of {len(name)} bytes; at most {_NAME_BYTES} are taken")
+    if len(name) > MOST_NAME_BYTES + _NAME_MAX or len(parts) > _COMPONENTS:
+        raise ExtractRefused(f"a member has a name of {len(name)} bytes in {len(parts)} parts: no episode has one")
     if name.startswith(b"/") or b".." in parts or b"\0" in name:
         remedy = "the archive is hostile or was made by hand; look at it with zstd -d | tar tv"
         raise ExtractRefused(f"the name {printable(name)!r} leads out of the target directory", remedy=remedy)

@@ -22,6 +22,12 @@ from fastship.errors import EpisodeChanged, EpisodeUnreadable, PackError
 OPEN_DIRECTORIES = 64
 """Far below the usual limit of 1024 descriptors; deeper directories are reopened through ``..`` and compared."""
 
+MOST_NAME_BYTES = 1 << 20
+"""Of a member's name: 4,000 directories one in the other, each with the longest name. What is deeper is not packed, for
+`extract` would not restore it: each directory on the way costs as many bytes in the tar stream, and there in memory."""
+
+SHOWN_BYTES = 1000  # of a name in a message: they travel between processes, into logs and manifests
+
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _GONE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE, errno.ENXIO))
 
@@ -68,6 +74,9 @@ def walk(episode: Path) -> Iterator[Entry]:
             member = path + name
             try:
                 if name.endswith(b"/"):
+                    if len(member) > MOST_NAME_BYTES:
+                        remedy = "move what is so deep up, or into an archive; it is tried again by itself"
+                        raise EpisodeUnreadable(f"{printable(member)} is nested too deep", remedy=remedy)
                     level = _enter(os.open(name[:-1], _DIRECTORY_FLAGS, dir_fd=level.fd), len(member))
                     levels.append(level)
                     path = member
@@ -103,8 +112,19 @@ def read_fault(error: OSError, member: bytes) -> PackError:
 
 
 def printable(name: bytes) -> str:
-    """A member's name for people and for JSON: UTF-8, what is not UTF-8 as ``\\xNN``."""
-    return name.decode("utf-8", "backslashreplace")
+    """A member's name for people and for JSON, harmless on a terminal: UTF-8, all else and control characters as
+    ``\\xNN``, and of one longer than `SHOWN_BYTES` (a directory 1,000 deep has one) the beginning and the end.
+    """
+    if len(name) > SHOWN_BYTES:
+        name = name[: SHOWN_BYTES // 2] + b"..." + name[-SHOWN_BYTES // 2 :]
+    text = name.decode("utf-8", "backslashreplace")
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else _escaped(one) for one in text)
+
+
+def _escaped(character: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in character.encode())
 
 
 def same(before: os.stat_result, after: os.stat_result) -> bool:

@@ -73,6 +73,29 @@ def test_deep_nesting_needs_few_descriptors_and_no_long_path(tmp_path: Path) -> 
         subprocess.run(["rm", "-rf", tmp_path / "ep"], check=True)
 
 
+def test_what_could_not_be_restored_is_not_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walk_module, "MOST_NAME_BYTES", 100)
+    make_deep(tmp_path / "ep", 10)
+    with pytest.raises(EpisodeUnreadable, match="nested too deep") as refused:
+        list(walk(tmp_path / "ep"))
+    assert refused.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (b"plain-1.x", "plain-1.x"),
+        ("größe 日本".encode(), "größe 日本"),
+        (b"\xff\xe9", "\\xff\\xe9"),
+        (b"a\x1b[31m\nb\x7f", "a\\x1b[31m\\x0ab\\x7f"),
+        ("\u202etxt\u2028".encode(), "\\xe2\\x80\\xaetxt\\xe2\\x80\\xa8"),
+        (b"a" * 5000, "a" * 500 + "..." + "a" * 500),
+    ],
+)
+def test_names_are_shown_harmlessly(name: bytes, shown: str) -> None:
+    assert walk_module.printable(name) == shown
+
+
 def test_a_walk_left_early_closes_what_it_opened(tmp_path: Path) -> None:
     make_deep(tmp_path / "ep", 10)
     before = open_descriptors()
