@@ -82,6 +82,12 @@ class EpisodeChanged(PackError):
     code = "episode-changed"
 
 
+class EpisodeUnfinished(PackError):
+    """Its marker was taken away again: the recorder is not finished with it."""
+
+    code = "episode-unfinished"
+
+
 class EpisodeUnreadable(PackError):
     """A file or directory of the episode cannot be read (permissions, I/O error)."""
 

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastship import ipc, logs
-from fastship.episode import Manifest, Outcome, Verdict, read_code_commit
-from fastship.errors import FastshipError, OutboxFull, PackError
+from fastship.episode import MARKER, Manifest, Outcome, Verdict, read_code_commit
+from fastship.errors import EpisodeUnfinished, FastshipError, OutboxFull, PackError
 from fastship.frames import FramePool, KeptFrames
 from fastship.lifecycle.events import Answered, PackBegan, Packed, PackFailed, Returned
 from fastship.pack import Flow, LevelControl, PackOptions, fingerprint, pack
@@ -246,6 +246,7 @@ class Worker:
         directory = self._layout.episodes / episode
         manifest = self._outbox.find(episode)
         if manifest is not None and manifest.fingerprint == fingerprint(directory, owner=self._options.owner):
+            _require_marker(directory)
             return manifest, True
         progress = self._under_way[episode]
 
@@ -260,6 +261,7 @@ class Worker:
                 sink = _Outgoing(file, kept, self._stream_bytes, lambda size: self._begin_stream(episode, kept, size))
                 manifest = pack(directory, sink, self._options, self._pool, advanced, kept)
                 file.truncate()
+            _require_marker(directory)
             self._outbox.commit(manifest)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -316,6 +318,12 @@ class Worker:
         del self._under_way[episode]  # first: it may be given to us again as soon as it is answered
         with contextlib.suppress(ipc.Closed):
             self._channel.send(Answered(episode, verdict, manifest, unchanged))
+
+
+def _require_marker(directory: Path) -> None:
+    """After the walk: if it was there all the time it was packed, and when it goes later the fingerprint tells."""
+    if not os.path.exists(directory / MARKER):
+        raise EpisodeUnfinished(f"{directory.name}/{MARKER} was taken away: it is not finished after all")
 
 
 def main(fd: int) -> int:
