@@ -92,6 +92,7 @@ class Book:
         self.ready: list[tuple[str, str]] = []  # sorted (key, episode) of the READY ones
         self.waiting: set[str] = set()  # the WAITING ones
         self.packed: set[str] = set()  # those whose artifact, made since the start, is in the outbox
+        self.undone: dict[str, int] = {}  # attempts of those that the disk would not let be retired or quarantined
         self.alarms: list[tuple[float, str]] = []  # a heap of (not_before, episode): theirs, and some of the past
         self.workers: dict[int, set[str]] = {}  # what each has
         self.loads: dict[int, Load] = {}  # the same, counted when it is asked for; forgotten when it changes

@@ -102,6 +102,14 @@ class Budget(msgspec.Struct, frozen=True):
     why: str = ""
 
 
+class Undone(msgspec.Struct, frozen=True):
+    """The disk refused to retire, quarantine or hold an episode: it is in ``episodes/``, as before."""
+
+    episode: str
+    key: str
+    error: str
+
+
 class Tick(msgspec.Struct, frozen=True):
     """Time went by."""
 
@@ -120,6 +128,7 @@ Event = (
     | Released
     | Gone
     | Budget
+    | Undone
     | Tick
 )
 

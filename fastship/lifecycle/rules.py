@@ -31,6 +31,7 @@ from fastship.lifecycle.events import (
     Retire,
     Returned,
     Tick,
+    Undone,
     WorkerJoined,
     WorkerLeaving,
     WorkerLeft,
@@ -74,6 +75,8 @@ def decide(book: Book, event: Event, now: float, *, more: bool = False) -> list[
                 book.move(entry, State.GONE)
         case Budget():
             _budget(book, event, commands)
+        case Undone():
+            _undone(book, event, now)
         case Tick():
             pass
     if more:
@@ -110,6 +113,8 @@ def _found(book: Book, event: Found, commands: list[Command]) -> None:
         text = f"{name!r} cannot be an episode's id: letters, digits and ._- only, at most 200, a letter or digit first"
         commands.append(Quarantine(name, None, text, ""))
     if event.complete:
+        for episode in book.undone.keys() - seen:
+            del book.undone[episode]
         for episode in [name for name in book.entries if name not in seen]:
             if book.entries[episode].state not in CLAIMED:  # a worker's will say what is wrong
                 book.move(book.entries[episode], State.GONE)
@@ -251,6 +256,19 @@ def _released(book: Book, event: Released, commands: list[Command]) -> None:
         entry.key = event.key
         entry.attempts = entry.changes = entry.kills = 0
         book.move(entry, State.READY)
+
+
+def _undone(book: Book, event: Undone, now: float) -> None:
+    """Offered again later and later: the receiver will answer the same, and the disk perhaps something else."""
+    entry = book.entries.get(event.episode)
+    if entry is None:  # it left the book when it was decided
+        entry = Entry(episode=event.episode, key=event.key, state=State.SHIPPING)
+        entry.attempts = book.undone.get(event.episode, 0)
+        book.entries[event.episode] = entry
+    elif entry.state is not State.HELD:
+        return  # a look came between: it has its turn already
+    _postpone(book, entry, event.error, now)
+    book.undone[event.episode] = entry.attempts
 
 
 def _budget(book: Book, event: Budget, commands: list[Command]) -> None:

@@ -67,7 +67,7 @@ TRANSITIONS: Mapping[State, frozenset[State]] = {
     State.QUEUED: frozenset({State.PACKING, State.SHIPPING, State.READY, State.WAITING}),
     State.PACKING: frozenset({State.SHIPPING, State.READY, State.WAITING, State.HELD, State.CONDEMNED}),
     State.SHIPPING: frozenset({State.RETIRED, State.HELD, State.CONDEMNED, State.READY, State.WAITING}),
-    State.HELD: frozenset({State.READY, State.CONDEMNED, State.RECORDING, State.GONE}),
+    State.HELD: frozenset({State.READY, State.WAITING, State.CONDEMNED, State.RECORDING, State.GONE}),
 }
 """Legal next states. What is not here (RETIRED, CONDEMNED, QUARANTINED...) leaves the book."""
 

@@ -10,6 +10,7 @@ Imports ``durable`` and ``errors``; the rest of ``spool`` imports it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import time
@@ -46,13 +47,20 @@ class Layout:
             durable.make_directories([self.root, *paths])
             devices = {path.lstat().st_dev: path for path in reversed(paths)}
         except OSError as error:
+            for path in filter(Path.is_symlink, paths):
+                raise _link(path) from None
             raise SpoolError(
                 f"{error.filename or self.root}: cannot be used: {error.strerror}",
                 remedy="check spool.root and who owns it",
             ) from None
         for path in paths:
-            if not path.is_dir() or path.is_symlink():
-                raise SpoolError(f"{path}: is not a directory", remedy="the spool's own directories may not be links")
+            if path.is_symlink():
+                raise _link(path)
+            if os.statvfs(path).f_flag & os.ST_RDONLY:
+                raise SpoolError(
+                    f"{path}: is on a read-only file system",
+                    remedy="see the kernel's log for why; mount it for writing",
+                )
             if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
                 raise SpoolError(f"{path}: no permission", remedy=f"it must be writable for uid {os.geteuid()}")
         if len(devices) > 1:
@@ -62,11 +70,32 @@ class Layout:
             )
 
 
+def _link(path: Path) -> SpoolError:
+    return SpoolError(
+        f"{path}: is a symbolic link",
+        remedy="the spool's own directories may not be links: move what it leads to here, or set spool.root to there",
+    )
+
+
+def remedy_for(error: OSError) -> str:
+    """What to do where a move within the spool was refused."""
+    if error.errno in (errno.EXDEV, errno.EBUSY):
+        return "it is a mount point or on another file system: unmount it and record within the spool's own"
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return "let the user that runs fastship rename it (its owner or group, no immutable flag: lsattr -d)"
+    if error.errno == errno.EROFS:
+        return "the spool is read-only: see the kernel's log for why, and mount it for writing"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free space on the spool's file system"
+    return "see the kernel's log for faults of the disk"
+
+
 class Lock:
     """The spool lock (``flock(2)``), held from construction to `release`, and by every process that inherits `fd`."""
 
     def __init__(self, path: Path, *, wait_s: float) -> None:
         """Raises `SpoolBusy` when another instance runs, or when what is left of one holds it after ``wait_s``."""
+        self._path = path
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         deadline = time.monotonic() + wait_s
         while True:
@@ -86,6 +115,13 @@ class Lock:
         with contextlib.suppress(OSError):  # who it is, for people: a full disk stops nobody for it
             os.ftruncate(self.fd, 0)
             os.pwrite(self.fd, f"{os.getpid()}\n".encode(), 0)
+
+    def is_ours(self) -> bool:
+        """Whether the file of this lock still is the one that another instance would lock."""
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self.fd))
+        except OSError:
+            return False
 
     def release(self) -> None:
         """Let go in this process. May be repeated."""

@@ -9,11 +9,13 @@ Imports ``store``, ``durable`` and ``errors``; the supervisor and the shipper im
 
 from __future__ import annotations
 
+import json
 import os
+import stat
 import time
 import uuid
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -21,6 +23,7 @@ from fastship import durable
 from fastship.spool.store import Spool
 
 Action = Literal["retry", "drop", "keep-local", "drop-local"]
+T = TypeVar("T")
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,12 +50,12 @@ def submit(directory: Path, request: Request, *, timeout_s: float) -> Answer | N
     """Leave a request for the daemon and wait for its answer; None when none came in time (it is withdrawn then)."""
     path = directory / f"{uuid.uuid4().hex}.json"
     answer = path.with_suffix(".answer")
-    durable.write_file(path, msgspec.json.encode(request), sync=False)
+    durable.write_file(path, _encode(request), sync=False)
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if answer.exists():
             try:
-                return msgspec.json.decode(answer.read_bytes(), type=Answer)
+                return _decode(answer.read_bytes(), Answer)
             finally:
                 durable.unlink_if_present(answer)
         time.sleep(0.02)
@@ -61,30 +64,54 @@ def submit(directory: Path, request: Request, *, timeout_s: float) -> Answer | N
 
 
 def pending(directory: Path) -> list[tuple[Path, Request | None]]:
-    """The requests that wait; None for one that cannot be read."""
+    """The requests that wait; None for one that cannot be read. What is no file is nobody's request."""
+    with os.scandir(directory) as entries:
+        names = sorted(
+            entry.name for entry in entries if is_request(entry.name) and entry.is_file(follow_symlinks=False)
+        )
     found: list[tuple[Path, Request | None]] = []
-    for name in sorted(os.listdir(directory)):
-        if name.endswith(".json") and not name.startswith(durable.TEMP_PREFIX):
-            path = directory / name
-            try:
-                found.append((path, msgspec.json.decode(path.read_bytes(), type=Request)))
-            except (OSError, msgspec.MsgspecError):
-                found.append((path, None))
+    for name in names:
+        path = directory / name
+        try:
+            found.append((path, _decode(path.read_bytes(), Request)))
+        except (OSError, ValueError, RecursionError):
+            found.append((path, None))
     return found
 
 
+def is_request(name: str) -> bool:
+    """Whether a file of that name in ``state/requests/`` asks for something."""
+    return name.endswith(".json") and not name.startswith(durable.TEMP_PREFIX)
+
+
 def answer(path: Path, reply: Answer) -> None:
-    """Answer the request at ``path`` and remove it."""
-    durable.write_file(path.with_suffix(".answer"), msgspec.json.encode(reply), sync=False)
-    durable.unlink_if_present(path)
+    """Answer the request at ``path`` and remove it, also where there is no room for the answer: it was carried out.
+
+    Raises ``OSError``.
+    """
+    try:
+        durable.write_file(path.with_suffix(".answer"), _encode(reply), sync=False)
+    finally:
+        durable.unlink_if_present(path)
 
 
 def forget_old(directory: Path, *, older_than_s: float) -> None:
     """Remove answers nobody fetched."""
     with os.scandir(directory) as entries:
         for entry in entries:
-            if time.time() - entry.stat().st_mtime > older_than_s:
+            status = entry.stat(follow_symlinks=False)
+            if time.time() - status.st_mtime > older_than_s and not stat.S_ISDIR(status.st_mode):
                 durable.unlink_if_present(entry.path)
+
+
+def _encode(value: Request | Answer) -> bytes:
+    """JSON in ASCII, with what is not UTF-8 in a name as lone surrogates (PEP 383), which msgspec would refuse."""
+    return json.dumps(msgspec.to_builtins(value)).encode()
+
+
+def _decode(raw: bytes, kind: type[T]) -> T:
+    """Raises ``ValueError`` (`msgspec.ValidationError` is one) and ``RecursionError``."""
+    return msgspec.convert(json.loads(raw), type=kind)
 
 
 def carry_out(spool: Spool, request: Request) -> Effect:

@@ -5,7 +5,7 @@ state before or after it, with nothing lost (argued at each); only the holder of
 change something; an episode's directory is only ever renamed within the spool, never written into, but for the
 reason in a quarantined one.
 
-Imports ``layout``, ``outbox``, ``durable``, ``episode``, ``lifecycle``, ``errors``; the supervisor and the
+Imports ``layout``, ``outbox``, ``removal``, ``durable``, ``episode``, ``lifecycle``, ``errors``; the supervisor and the
 shipper import it.
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
@@ -28,6 +27,7 @@ from fastship.errors import UsageError
 from fastship.lifecycle import Facts
 from fastship.spool.layout import Layout, Lock
 from fastship.spool.outbox import Outbox
+from fastship.spool.removal import remove_tree
 
 log = logging.getLogger(__name__)  # not structlog: `fastship status` imports this, and structlog is slow to load
 
@@ -45,6 +45,7 @@ class Look(msgspec.Struct, frozen=True):
     held: list[str]
     impossible: list[str]  # with a marker, but the name cannot be an id
     recording: list[str]  # without a marker
+    links: list[str]  # symbolic links to a directory with a marker: no episodes
 
 
 class HoldRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,6 +116,7 @@ class Spool:
         ready: list[tuple[str, str]] = []
         impossible: list[str] = []
         recording: list[str] = []
+        links: list[str] = []
         held = {name.removesuffix(".json") for name in os.listdir(self.paths.holds)}
         held_here: list[str] = []
         fd = os.open(self.paths.episodes, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -123,6 +125,8 @@ class Spool:
                 for entry in entries:
                     name = entry.name
                     if not entry.is_dir(follow_symlinks=False):
+                        if entry.is_symlink() and os.access(f"{name}/{MARKER}", os.F_OK, dir_fd=fd):
+                            links.append(name)
                         continue
                     if not os.access(f"{name}/{MARKER}", os.F_OK, dir_fd=fd, follow_symlinks=True):
                         recording.append(name)
@@ -135,7 +139,7 @@ class Spool:
         finally:
             os.close(fd)
         ready.sort()
-        return Look(ready, sorted(held_here), sorted(impossible), recording)
+        return Look(ready, sorted(held_here), sorted(impossible), recording, sorted(links))
 
     def key(self, episode: str) -> str:
         """What decides an episode's turn (setting ``spool.order``)."""
@@ -151,8 +155,9 @@ class Spool:
         """What is on disk of one id, for `lifecycle.infer`."""
         directory = self.paths.episodes / episode
         return Facts(
-            directory=directory.is_dir() and not directory.is_symlink(),
-            marker=(directory / MARKER).exists(),
+            # os.path's: what may not be looked into is not there for us, and raises nothing.
+            directory=os.path.isdir(directory) and not os.path.islink(directory),
+            marker=os.path.exists(directory / MARKER),
             artifact=self.outbox.peek(episode) is not None,
             leftovers=any(
                 path.exists()
@@ -235,7 +240,12 @@ class Spool:
         condemned = _Condemned(os.fsencode(name).hex(), os.fsencode(target.name).hex(), reason)
         path = self._condemned_path(name)
         durable.write_file(path, msgspec.json.encode(condemned))
-        self._finish_quarantine(path, condemned)
+        try:
+            self._finish_quarantine(path, condemned)
+        except OSError:
+            if os.path.lexists(directory):  # it would not move: taken back, or it would hit what stands there one day
+                durable.unlink_if_present(path)
+            raise
         return target
 
     def finish_quarantines(self) -> None:
@@ -254,7 +264,7 @@ class Spool:
                 except OSError as error:
                     log.error("the quarantine of %s cannot be completed now: %s", entry.name, error)
             elif entry.name.startswith(_REMOVING_PREFIX):
-                shutil.rmtree(entry.path, ignore_errors=True)
+                _remove(Path(entry.path))
 
     def _finish_quarantine(self, path: Path, condemned: _Condemned) -> None:
         name = os.fsdecode(bytes.fromhex(condemned.name))
@@ -363,7 +373,7 @@ class Spool:
         doomed = _free(self.paths.quarantine, f"{_REMOVING_PREFIX}{path.name}")  # one that would not go may be there
         os.rename(path, doomed)
         durable.sync_directory(self.paths.quarantine)
-        shutil.rmtree(doomed, ignore_errors=True)
+        _remove(doomed)
 
     # --- holds -----------------------------------------------------------------------------------------------
 
@@ -461,6 +471,11 @@ class Spool:
         """Remove what interrupted writes left. At start only, under the lock."""
         for directory in (self.paths.outbox, self.paths.holds, self.paths.state, self.paths.quarantine):
             durable.remove_temporaries(directory)
+
+
+def _remove(path: Path) -> None:
+    if not remove_tree(path):
+        log.warning("%s could not be removed whole; the next start tries again", ascii(os.fspath(path)))
 
 
 def _free(directory: Path, name: str) -> Path:

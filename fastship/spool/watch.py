@@ -4,7 +4,7 @@ A hint, never the truth: whatever is missed here (a limit on watches, a queue th
 system that tells nothing) the regular look through the spool finds. Watches ``episodes/`` for new directories
 and every unfinished episode for its marker.
 
-Imports ``episode``; the supervisor imports it.
+Imports ``episode`` and ``requests``; the supervisor imports it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from inotify_simple import INotify, flags
 
 from fastship.episode import MARKER
+from fastship.spool.requests import is_request
 
 _NEW_NAME = flags.CREATE | flags.MOVED_TO | flags.ONLYDIR
 _LIMIT_ERRORS = {errno.ENOSPC, errno.ENOMEM, errno.EMFILE}
@@ -76,7 +77,7 @@ class MarkerWatch:
             if event.mask & flags.Q_OVERFLOW:
                 look = True
             elif event.wd == self._requests:
-                requests = True
+                requests = requests or is_request(event.name)  # not our own answers
             elif event.wd == self._root:
                 if event.mask & flags.ISDIR and self._add(event.name):
                     marked.append(event.name)

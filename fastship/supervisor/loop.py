@@ -19,12 +19,13 @@ from collections.abc import Callable
 import msgspec
 
 from fastship import ipc, logs, status
-from fastship.errors import FastshipError, PackError, SpoolError, UsageError
+from fastship.episode import is_episode_id
+from fastship.errors import FastshipError, PackError, SpoolBusy, SpoolError, UsageError
 from fastship.lifecycle import Book, Policy, decide, next_wake
 from fastship.lifecycle import events as ev
 from fastship.pack import measure
 from fastship.settings import Settings
-from fastship.spool import HoldRecord, Spool
+from fastship.spool import HoldRecord, Spool, remedy_for
 from fastship.spool.store import now_wall
 from fastship.supervisor.crew import Crew, Hand
 from fastship.supervisor.host import Courtesy, most_threads, thread_count
@@ -82,19 +83,20 @@ class Supervisor:
     def run(self) -> status.PassResult:
         """Take the spool, work, let go of it. Raises `SpoolBusy`, `SpoolError`, `WorkerCannotStart`."""
         self._spool.create()
-        lock = self._spool.lock(wait_s=LOCK_WAIT_S)
-        self._crew = Crew(self._settings, lock.fd, self._selector)
+        self._lock = self._spool.lock(wait_s=LOCK_WAIT_S)
+        self._crew = Crew(self._settings, self._lock.fd, self._selector)
         try:
             with self._signals.handled(self._selector) if self._reload else contextlib.nullcontext():
                 self._begin()
                 self._loop()
         finally:
             status.notify("STOPPING=1")
+            self._book.draining = True
             self._flush_retirements()  # what was proven until the last moment; ending workers may take a while
             self._crew.dismiss()
             self._patrol.close()
             self._report(final=True)
-            lock.release()
+            self._lock.release()
             self._selector.close()
         return self._tally.totals(self._book)
 
@@ -110,22 +112,28 @@ class Supervisor:
         status.notify("READY=1")
 
     def _loop(self) -> None:
+        # Each step for itself: whatever keeps one of them failing, signals are obeyed and workers heard.
+        steps = (self._reap, self._receive, self._obey, self._scan, self._decide_by_time, self._retire, self._report)
         while not self._finished():
-            try:
-                self._reap()
-                self._receive(self._timeout())
-                self._obey()
-                if not self._once and self._drain_until is None:
-                    self._patrol.turn(self._heartbeat)
-                self._feed(self._give_way() or ev.Tick())
-                if time.monotonic() >= self._retire_at:
-                    self._flush_retirements()
-                self._report()
-            except FastshipError:
-                raise
-            except Exception:
-                log.exception("step-failed")
-                time.sleep(STOP_LOOK_S)  # whatever it is, not in a busy loop
+            for step in steps:
+                try:
+                    step()
+                except FastshipError:
+                    raise
+                except Exception:
+                    log.exception("step-failed")
+                    time.sleep(STOP_LOOK_S)  # whatever it is, not in a busy loop
+
+    def _scan(self) -> None:
+        if not self._once and self._drain_until is None:
+            self._patrol.turn(self._heartbeat)
+
+    def _decide_by_time(self) -> None:
+        self._feed(self._give_way() or ev.Tick())
+
+    def _retire(self) -> None:
+        if time.monotonic() >= self._retire_at:
+            self._flush_retirements()
 
     def _finished(self) -> bool:
         if self._stopping:
@@ -178,9 +186,9 @@ class Supervisor:
             times.append(wake)
         return min(times) - now
 
-    def _receive(self, timeout_s: float) -> None:
+    def _receive(self) -> None:
         self._crew.flush()
-        readable = self._selector.select(timeout_s)
+        readable = self._selector.select(self._timeout())
         # When small episodes come in their hundreds, to be woken by each costs more than what there is to do.
         pause_s = self._heard_at + GATHER_S - time.monotonic()
         if pause_s > 0:
@@ -251,8 +259,9 @@ class Supervisor:
             try:
                 self._execute(command)
             except OSError as error:
-                # The disk says no. What was decided is found again by the next look, and decided again.
-                log.error("command-failed", command=type(command).__name__, error=str(error))
+                log.error("command-failed", command=type(command).__name__, error=str(error), remedy=remedy_for(error))
+                if isinstance(command, ev.Quarantine | ev.Hold) and is_episode_id(command.episode):
+                    self._undone(command.episode, error)
 
     def _execute(self, command: ev.Command) -> None:
         match command:
@@ -326,13 +335,19 @@ class Supervisor:
             failed = dict.fromkeys((one.episode for one in batch), error)
         for one in batch:
             if one.episode in failed:
-                # It is in episodes/ still: the next look offers it again, and the answer will be 200.
-                log.error("retire-failed", episode=one.episode, error=str(failed[one.episode]))
-                self._tally.retire_failed()
+                why = failed[one.episode]
+                log.error("retire-failed", episode=one.episode, error=str(why), remedy=remedy_for(why))
+                self._undone(one.episode, why)
             else:
                 self._tally.retired(one.manifest)
         now = time.monotonic()
         self._retire_at = now + RETIRE_SPACING * (now - began)
+
+    def _undone(self, episode: str, error: OSError) -> None:
+        """The disk refused what was decided. Nothing is lost: it is in ``episodes/``, and is offered again later."""
+        text = f"{error.strerror}; {remedy_for(error)}"
+        self._tally.undone(self._book, episode, text)
+        self._feed(ev.Undone(episode, self._spool.key(episode), text))
 
     # --- drain, stop, reload ---------------------------------------------------------------------------------
 
@@ -401,6 +416,11 @@ class Supervisor:
             draining=self._drain_until is not None,
             host=None if self._once else self._courtesy.status(),
         )
+        if written and not final and not self._lock.is_ours():
+            raise SpoolBusy(
+                f"{self._spool.paths.lock} was removed or replaced: another fastship could begin beside this one",
+                remedy="leave state/ alone while fastship runs; start it again",
+            )
         if written:
             self._next_report = now + REPORT_S
             status.write(self._spool.paths.state, snapshot)

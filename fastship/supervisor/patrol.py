@@ -9,6 +9,7 @@ Imports ``spool``, ``pack`` (fingerprints), ``lifecycle``, ``settings``; the sup
 
 from __future__ import annotations
 
+import os
 import selectors
 import time
 from collections.abc import Callable
@@ -23,9 +24,10 @@ from fastship.lifecycle import CLAIMED, Book, State, infer
 from fastship.lifecycle.events import Event, Found, Gone, Released
 from fastship.pack import fingerprint
 from fastship.settings import Settings
-from fastship.spool import Spool, requests
+from fastship.spool import Spool, remedy_for, requests
 
 if TYPE_CHECKING:
+    from fastship.spool import Look
     from fastship.spool.watch import MarkerWatch
 
 log = logs.Logger(__name__)
@@ -33,6 +35,9 @@ log = logs.Logger(__name__)
 NOTICE_S = 0.02  # markers are gathered for so long: a recorder that makes many files wakes us 50 times a second at most
 LOOK_SHARE = 0.005  # of one core
 SLOWER = "until then markers are seen every spool.scan_interval_s only"
+TOLD_AT_ONCE = 10  # lines of the log
+LINK_REMEDY = "links are not followed: move the directory itself into episodes/"
+CLOSED_REMEDY = "let the user that runs fastship read it (chmod, chown or an ACL)"
 HOLD_LOOK_S = 60.0  # held episodes are looked at again so often: it takes a walk through each
 
 
@@ -58,6 +63,7 @@ class Patrol:
         self._settle = settle
         self._watch: MarkerWatch | None = None
         self._said_full = False
+        self._told: set[str] = set()  # unfinished episodes and links at the last look
         self._notice_at: float | None = None
         self._next_look = self._next_pass = self._next_hold_look = self._next_cleanup = 0.0
 
@@ -127,7 +133,7 @@ class Patrol:
             self.recording = max(0, self.recording - len(ready))
             self._feed(Found(ready, complete=False))
         if asked:
-            self._serve_requests()
+            self._try("requests", self._serve_requests)
         if overflowed:
             self._next_look = 0.0
         self._selector.unregister(self._watch)
@@ -150,10 +156,24 @@ class Patrol:
                 remedy = f"raise fs.inotify.max_user_watches; {SLOWER}"
                 log.warning("inotify-full", unfinished=len(look.recording), remedy=remedy)
         self.recording = len(look.recording)
+        self._tell_what_is_not_shipped(look)
         self._feed(Found(look.ready, look.held, look.impossible))
         self._look_at_holds(look.held)
         cost_s = time.monotonic() - began
         self._next_look = time.monotonic() + max(self.settings.spool.scan_interval_s, cost_s / LOOK_SHARE)
+
+    def _tell_what_is_not_shipped(self, look: Look) -> None:
+        """Once each: links in the place of an episode, and episodes whose marker this user could not even see."""
+        recording = set(look.recording)
+        told = [(name, "it is a symbolic link", LINK_REMEDY) for name in look.links if name not in self._told]
+        for name in recording - self._told:
+            if not os.access(self._spool.paths.episodes / name, os.R_OK | os.X_OK, effective_ids=True):
+                told.append((name, "it cannot be looked into", CLOSED_REMEDY))
+        self._told = recording.union(look.links)
+        for name, error, remedy in told[:TOLD_AT_ONCE]:
+            log.warning("not-shipped", episode=ascii(name), error=error, remedy=remedy)
+        if len(told) > TOLD_AT_ONCE:
+            log.warning("not-shipped", episodes=len(told) - TOLD_AT_ONCE, error="more of the same")
 
     def _look_at_holds(self, held: list[str]) -> None:
         """Release the holds whose episode changed (or, held because it was changing, has stopped to)."""
@@ -199,7 +219,10 @@ class Patrol:
                 reply = requests.Answer(ok=False, text="the request cannot be read")
             else:
                 reply = self._serve(request)
-            requests.answer(path, reply)
+            try:
+                requests.answer(path, reply)
+            except OSError as error:  # no room for it, or not ours to remove: neither keeps the others waiting
+                log.error("request-not-answered", path=os.fspath(path), answer=reply.text, error=str(error))
 
     def _serve(self, request: requests.Request) -> requests.Answer:
         entry = self._book.entries.get(request.episode)
@@ -211,7 +234,7 @@ class Patrol:
         except UsageError as error:
             return requests.Answer(ok=False, text=error.message, remedy=error.remedy)
         except OSError as error:
-            return requests.Answer(ok=False, text=f"{error.filename}: {error.strerror}")
+            return requests.Answer(ok=False, text=f"{error.filename}: {error.strerror}", remedy=remedy_for(error))
         if effect.gone is not None:
             self._feed(Gone(effect.gone))
         if effect.ready is not None:

@@ -29,7 +29,7 @@ class Tally:
         self._started = time.monotonic()
         self._started_wall = time.time()
         self._recent: deque[status.EpisodeResult] = deque(maxlen=RECENT)
-        self._shipped = self._held = self._fatal = self._not_retired = 0
+        self._shipped = self._held = self._fatal = 0
         self._bytes_in = self._bytes_out = 0
 
     def retired(self, manifest: Manifest) -> None:
@@ -37,8 +37,9 @@ class Tally:
         self._bytes_in += manifest.content_bytes
         self._bytes_out += manifest.artifact_bytes
 
-    def retire_failed(self) -> None:
-        self._not_retired += 1
+    def undone(self, book: Book, episode: str, error: str) -> None:
+        """What was decided of it, the disk refused."""
+        self._add(book, episode, "transient", error=error)
 
     def held(self, book: Book, episode: str, error: str) -> None:
         self._held += 1
@@ -88,7 +89,7 @@ class Tally:
         return status.PassResult(
             scanned=book.scanned,
             shipped=self._shipped,
-            transient_failures=book.transient + self._not_retired + untried,
+            transient_failures=book.transient + untried,
             conflicts=book.count(State.HELD) if self._once else self._held,
             fatal=self._fatal,
             bytes_in=self._bytes_in,

@@ -125,6 +125,35 @@ def test_shipped_but_changed_is_not_retired() -> None:
     assert desk.state("ep") is State.WAITING
 
 
+@pytest.mark.parametrize("answer", [shipped(manifest_of("ep")), REJECTED, CONFLICT])
+def test_what_the_disk_will_not_let_be_done_is_offered_again_later_and_later(answer: Verdict) -> None:
+    desk = Desk()
+    desk.tell(ev.WorkerJoined(1))
+    desk.find("ep")
+    for pause_s in (1.0, 2.0, 4.0, 8.0, 8.0):
+        desk.ship("ep", answer)
+        desk.tell(ev.Undone("ep", "ep", "busy"))
+        assert desk.state("ep") is State.WAITING
+        desk.find("ep")  # the look sees it there still
+        assert next_wake(desk.book) == desk.now + pause_s
+        desk.now += pause_s
+        desk.tell(ev.Tick())
+        assert desk.state("ep") is State.QUEUED
+    desk.ship("ep", answer)
+    desk.tell(ev.Found([]))
+    assert not desk.book.undone
+
+
+def test_what_was_not_done_and_was_found_anew_meanwhile_has_its_turn_already() -> None:
+    desk = Desk()
+    desk.tell(ev.WorkerJoined(1))
+    desk.find("ep")
+    desk.ship("ep", shipped(manifest_of("ep")))
+    desk.find("ep")
+    desk.tell(ev.Undone("ep", "ep", "busy"))
+    assert desk.state("ep") is State.QUEUED
+
+
 @pytest.mark.parametrize(
     ("answer", "command", "state"),
     [

@@ -22,7 +22,7 @@ LEGAL = {
     ("packing", "condemned"),
     ("shipping", "retired"), ("shipping", "held"), ("shipping", "condemned"), ("shipping", "ready"),
     ("shipping", "waiting"),
-    ("held", "ready"), ("held", "condemned"), ("held", "recording"), ("held", "gone"),
+    ("held", "ready"), ("held", "waiting"), ("held", "condemned"), ("held", "recording"), ("held", "gone"),
 }  # fmt: skip
 
 

@@ -49,6 +49,7 @@ def test_what_is_no_directory_is_refused(tmp_path: Path, name: str, kind: str) -
     with pytest.raises(SpoolError) as refused:
         layout.create()
     assert str(path) in refused.value.message
+    assert ("symbolic link" in refused.value.message) == (kind != "file")
     assert refused.value.remedy
 
 
@@ -91,6 +92,18 @@ def test_one_holder_at_a_time(layout: Layout) -> None:
     lock.release()
     lock.release()
     Lock(layout.lock, wait_s=0.0).release()
+
+
+def test_a_lock_whose_file_was_removed_or_replaced_is_not_ours(layout: Layout) -> None:
+    lock = Lock(layout.lock, wait_s=0.0)
+    assert lock.is_ours()
+    layout.lock.unlink()
+    assert not lock.is_ours()
+    other = Lock(layout.lock, wait_s=0.0)
+    assert other.is_ours()
+    assert not lock.is_ours()
+    lock.release()
+    other.release()
 
 
 def test_a_longer_holder_before_leaves_no_digits(layout: Layout) -> None:

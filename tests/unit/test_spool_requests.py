@@ -63,6 +63,8 @@ def test_what_cannot_be_read_is_none_and_what_is_no_request_is_left_out(spool: S
         ".tmp-f.json": b"torn",
     }.items():
         (directory / name).write_bytes(raw)
+    (directory / "g.json").mkdir()
+    (directory / "h.json").symlink_to("c.json")
     found = requests.pending(directory)
     assert [(path.name, request) for path, request in found] == [
         ("a.json", None),
@@ -74,13 +76,35 @@ def test_what_cannot_be_read_is_none_and_what_is_no_request_is_left_out(spool: S
     assert requests.pending(directory) == []
 
 
+def test_a_name_that_is_not_utf8_comes_through(spool: Spool) -> None:
+    request = Request(action="drop", episode=os.fsdecode(b"caf\xe9\n"))
+    assert requests.submit(spool.paths.requests, request, timeout_s=0.0) is None  # nobody serves: it can be written
+    path = spool.paths.requests / "1.json"
+    path.write_bytes(requests._encode(request))
+    assert requests.pending(spool.paths.requests) == [(path, request)]
+    reply = Answer(ok=True, text=f"{request.episode} is gone")
+    requests.answer(path, reply)
+    assert requests._decode(path.with_suffix(".answer").read_bytes(), Answer) == reply
+
+
+def test_a_request_is_removed_also_where_there_is_no_room_for_its_answer(spool: Spool) -> None:
+    path = spool.paths.requests / "1.json"
+    path.write_bytes(b"{}")
+    path.with_suffix(".answer").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        requests.answer(path, Answer(ok=True, text="done"))
+    assert not path.exists()
+
+
 def test_old_answers_are_forgotten(spool: Spool) -> None:
     directory = spool.paths.requests
     for name in ("old.answer", "new.answer"):
         (directory / name).touch()
-    os.utime(directory / "old.answer", (1, 1))
+    (directory / "directory").mkdir()
+    for name in ("old.answer", "directory"):
+        os.utime(directory / name, (1, 1))
     requests.forget_old(directory, older_than_s=3600.0)
-    assert os.listdir(directory) == ["new.answer"]
+    assert sorted(os.listdir(directory)) == ["directory", "new.answer"]
 
 
 def test_retry_and_drop(spool: Spool) -> None:

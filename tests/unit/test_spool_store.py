@@ -54,6 +54,7 @@ def test_only_real_directories_are_episodes(spool: Spool, tmp_path: Path) -> Non
     os.mkfifo(spool.paths.episodes / "fifo")
     look = spool.look()
     assert (look.ready, look.held, look.impossible, look.recording) == ([], [], [], [])
+    assert look.links == ["link"]
     assert spool.facts("link").directory is False
 
 
@@ -472,6 +473,17 @@ def test_a_quarantine_that_cannot_be_finished_stops_nothing(spool: Spool, monkey
     spool.finish_quarantines()
     assert not path.exists()
     assert (spool.paths.quarantine / "one").is_dir()
+
+
+def test_a_quarantine_that_the_disk_refuses_is_taken_back(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_episode(spool.paths.episodes, "one")
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "move", raise_full)
+        with pytest.raises(OSError, match="No space"):
+            spool.quarantine("one", status_code=422, error="no", body="")
+    assert os.listdir(spool.paths.quarantine) == []
+    spool.finish_quarantines()
+    assert (spool.paths.episodes / "one").is_dir()
 
 
 def raise_full(*_: object) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from sample import hold_record, make_episode
+from structlog.testing import capture_logs
 
 from fastship.lifecycle import Book, State, decide
 from fastship.lifecycle.events import Event, Found, Gone, Released
@@ -133,8 +134,41 @@ def test_operators_are_served_each_pass(beat: Beat) -> None:
     assert beat.told[-1] == Gone("ep")
     assert (beat.spool.paths.quarantine / "ep").is_dir()
     assert not list(directory.glob("*.json"))
-    assert b'"ok":true' in path.with_suffix(".answer").read_bytes()
-    assert b'"ok":false' in (directory / "2.answer").read_bytes()
+    assert msgspec.json.decode(path.with_suffix(".answer").read_bytes())["ok"] is True
+    assert msgspec.json.decode((directory / "2.answer").read_bytes())["ok"] is False
+
+
+def test_a_request_that_cannot_be_answered_keeps_nothing_from_its_turn(beat: Beat) -> None:
+    beat.patrol.watch()
+    directory = beat.spool.paths.requests
+    (directory / "stray.json").mkdir()
+    (directory / "1.answer").mkdir()
+    (directory / "1.json").write_bytes(b'{"action":"drop","episode":"nothing"}')
+    make_episode(beat.spool.paths.episodes, "ep")
+    beat.wait_for_notice()
+    assert beat.told[0] == Found([("ep", "ep")], complete=False)
+    assert not (directory / "1.json").exists()
+    for _ in range(3):  # what it wrote itself wakes it once and leads to no more
+        for key, _ in beat.selector.select(0.05):
+            key.data()
+        time.sleep(2 * patrol_module.NOTICE_S)
+        beat.patrol.turn(None)
+    assert beat.selector.select(0.05) == []
+
+
+def test_links_and_closed_episodes_are_told_once(beat: Beat, tmp_path: Path) -> None:
+    (beat.spool.paths.episodes / "link").symlink_to(make_episode(tmp_path, "outside"))
+    for number in range(patrol_module.TOLD_AT_ONCE):
+        (beat.spool.paths.episodes / f"link{number}").symlink_to(tmp_path / "outside")
+    make_episode(beat.spool.paths.episodes, "recording", marker=False)
+    with capture_logs() as logs:
+        beat.patrol.look()
+        beat.patrol.look()
+    told = [line for line in logs if line["event"] == "not-shipped"]
+    assert len(told) == patrol_module.TOLD_AT_ONCE + 1
+    assert told[0]["episode"] == "'link'"
+    assert "move the directory" in told[0]["remedy"]
+    assert told[-1]["episodes"] == 1
 
 
 def test_a_claimed_episode_is_not_taken_from_its_worker(beat: Beat) -> None:
