@@ -78,6 +78,7 @@ class Receiver:
         self._small = SmallStore(self._store, self._decide)
         self._held_bytes = 0
         self._open_bodies = 0
+        self._reading = 0  # artifacts that are being sent
         self._mending: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -118,7 +119,7 @@ class Receiver:
                 await request.answer(answer)
         except Exception as error:
             if request.status or not isinstance(error, OSError):
-                _log.exception("%s %s failed", request.method, request.path)
+                _log.exception("%s %r failed", request.method, request.path)
             if request.status:
                 raise  # too late for an answer: the server cuts the connection
             failed = storage_failed(error) if isinstance(error, OSError) else answers.INTERNAL
@@ -169,10 +170,15 @@ class Receiver:
         receipt = await self._in(self._io, self._store.receipt, episode)
         if receipt is None:
             return answers.error(404, "not-found", f"episode {episode} is not stored here")
+        if self._reading >= self._settings.max_requests and request.method == "GET":
+            return decisions.OVERLOADED
+        self._reading += 1
         try:
             await send_artifact(request, self._store.artifact_path(episode), receipt, self._io)
         except FileNotFoundError:
             return answers.error(404, "not-found", f"episode {episode} is not stored here")
+        finally:
+            self._reading -= 1
         return None
 
     async def _get_receipt(self, _request: Request, episode: str) -> Answer | None:

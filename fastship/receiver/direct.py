@@ -27,7 +27,7 @@ _AT_ONCE = 8  # bodies in a process; each has a thread that receives, at times o
 
 
 class Direct(Protocol):
-    """A connection whose body may be read from its socket (an ASGI extension of our own, ``EXTENSION``)."""
+    """A connection whose body may be read from its socket (``EXTENSION``)."""
 
     @property
     def left(self) -> int:
@@ -40,7 +40,8 @@ class Direct(Protocol):
         """The loop reads again; ``taken`` bytes of the body have been read meanwhile."""
 
 
-EXTENSION = "fastship.direct"
+EXTENSION = "fastship.connection"
+"""In a request's scope: ``body``, a `Direct` where there is one, and ``cut``, which ends the connection at once."""
 
 
 class Takers:

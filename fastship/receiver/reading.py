@@ -1,7 +1,7 @@
 """Stored artifacts, read over HTTP: whole or by range, with their digests (RFC 9110, sections 13 and 14).
 
-What always holds: the file is read in threads, a piece at a time; the entity tag is the artifact digest, so a range
-that goes on with ``If-Range`` is of the same bytes.
+What always holds: the file is read in threads, a piece at a time; who does not take a piece in `_STALL_S` is cut; the
+entity tag is the artifact digest, so a range that goes on with ``If-Range`` is of the same bytes.
 
 Imported by ``app``.
 """
@@ -19,7 +19,8 @@ from fastship.receiver import answers, decisions
 from fastship.receiver.answers import Answer
 from fastship.receiver.request import Request
 
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 256 << 10  # who reads slowly keeps one in memory
+_STALL_S = 60.0  # 4 kB/s
 
 
 async def send_artifact(request: Request, path: Path, receipt: Receipt, executor: Executor) -> None:
@@ -53,8 +54,11 @@ async def send_artifact(request: Request, path: Path, receipt: Receipt, executor
             if not piece:
                 raise OSError(f"{path} is shorter than its receipt says")
             first += len(piece)
-            await request.send_body(piece, more=True)
+            async with asyncio.timeout(_STALL_S):
+                await request.send_body(piece, more=True)
         await request.send_body(b"")
+    except TimeoutError:
+        request.cut("it does not read what it asked for")
     finally:
         if gone is not None:
             gone.cancel()

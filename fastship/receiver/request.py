@@ -43,7 +43,9 @@ class Request:
         self._receive = receive
         self._send = send
         length = self.headers.get("content-length", "0").strip()
-        self.direct: Direct | None = scope.get("extensions", {}).get(EXTENSION, {}).get("body")
+        ours = scope.get("extensions", {}).get(EXTENSION, {})
+        self.direct: Direct | None = ours.get("body")
+        self.cut: Callable[[str], None] = ours.get("cut", lambda _why: None)  # the connection, at once
         self._unread = "transfer-encoding" in self.headers or length != "0"
 
     @property

@@ -10,10 +10,13 @@ Imported by ``__main__`` (a serving process) and, as `serve`, by the command lin
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
+import functools
 import logging
 import os
+import resource
 import selectors
 import shutil
 import signal
@@ -39,6 +42,10 @@ _log = logging.getLogger("fastship.receiver")
 GRACE_S = 5  # for requests that are being served when the receiver is told to end
 _BACKLOG = 1024
 _KEEP_ALIVE_S = 75  # longer than a client's pause between two episodes of a busy spool
+_STALL_MS = 60_000
+_HANDSHAKE_S = 10.0  # of TLS; such a connection is not counted yet
+_FILES_A_CONNECTION = 5  # its socket, lent; the part, its lock, and who verifies beside
+_OTHER_FILES = 256  # the directory, libraries, threads that read and publish
 _RESTART_PAUSE_S = 1.0
 _BOOT_TIMEOUT_S = 60.0
 _POLL_S = 0.1
@@ -76,12 +83,22 @@ def serve_socket(
     """Serve the listening socket in this process; blocks. ``ready`` is called once; ends when ``orphaned``."""
     import uvicorn
 
-    from fastship.receiver.connection import Connection
+    from fastship.receiver import connection
+    from fastship.receiver.quiet import Quiet
 
     _keep_freed_memory()
+    for name in ("uvicorn.error", connection.__name__):
+        logging.getLogger(name).addFilter(Quiet())
+
+    class Connection(connection.Connection):
+        most = _most_connections(settings)
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            loop = asyncio.get_running_loop()
+            if settings.tls_cert:  # uvicorn has no setting for it
+                limited = functools.partial(loop.create_server, ssl_handshake_timeout=_HANDSHAKE_S)
+                loop.create_server = limited  # type: ignore[method-assign]
             await super().startup(sockets)
             ready()
 
@@ -256,6 +273,9 @@ def _bind(listen: str) -> socket.socket:
         # Accepted sockets inherit this: a client whose host vanished is noticed without a byte from it.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+        # And one that takes nothing of what is left to send, though its kernel lives: tcp(7). There is no other limit
+        # once the last byte is with the transport.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _STALL_MS)
         listening.bind(address)
         listening.listen(_BACKLOG)
         listening.setblocking(False)
@@ -295,6 +315,18 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(trim_threshold, 128 << 20)
         mallopt(mmap_threshold, 32 << 20)
+
+
+def _most_connections(settings: ReceiverSettings) -> int:
+    """As the settings say, where the limit of open files, raised as far as it goes, has room for so many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = hard if hard != resource.RLIM_INFINITY else max(soft, 1 << 20)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    room = max(1, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _OTHER_FILES) // _FILES_A_CONNECTION)
+    if room < settings.max_connections:
+        _log.warning("the limit of open files is %d: at most %d connections are served at once", files, room)
+    return min(room, settings.max_connections)
 
 
 def _require_uvicorn() -> None:

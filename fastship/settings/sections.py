@@ -116,6 +116,7 @@ class ReceiverSettings(Section, frozen=True, kw_only=True, forbid_unknown_fields
     sync_bytes: Annotated[int, msgspec.Meta(ge=1 << 16, extra={"kind": "size"})] = 32 << 20
     upload_max_age_s: Duration = 7 * 86400.0
     max_requests: Annotated[int, msgspec.Meta(ge=1)] = 256
+    max_connections: Annotated[int, msgspec.Meta(ge=1)] = 1000
 
 
 class LogSettings(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):

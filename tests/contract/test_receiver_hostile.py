@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import http.client
 import os
 import socket
+import ssl
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import trustme
 import zstandard
-from receiver_process import WAIT_S, Reply, Server, check_stored, make_artifact, sha256_field, wait_for
+from receiver_process import WAIT_S, Reply, Server, Start, check_stored, make_artifact, sha256_field, wait_for
 
-from fastship.receiver import connection
+from fastship.receiver import connection, reading, server
 from fastship.receiver.server import serve_socket
 from fastship.settings import ReceiverSettings
 
@@ -78,31 +84,128 @@ def test_endless_fields_are_cut(receiver: Server, before: bytes) -> None:
     assert receiver.request("GET", "/healthz").status == 200
 
 
-def test_a_request_that_does_not_come_is_not_waited_for(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.2)
-    settings = ReceiverSettings(root=str(tmp_path_factory.mktemp("slow") / "root"))
+@contextlib.contextmanager
+def served_here(tmp_path: Path, **settings: Any) -> Iterator[tuple[str, int]]:
+    """A receiver in a thread, where its limits of time can be made short; its address."""
+    chosen = ReceiverSettings(root=str(tmp_path / "root"), reserve_bytes=0, **settings)
     ready, stop = threading.Event(), threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        address = listening.getsockname()
-        serving = threading.Thread(
-            target=serve_socket, args=(settings, listening), kwargs={"ready": ready.set, "orphaned": stop.is_set}
-        )
+        kinds = {"ready": ready.set, "orphaned": stop.is_set}
+        serving = threading.Thread(target=serve_socket, args=(chosen, listening), kwargs=kinds)
         serving.start()
         try:
             assert ready.wait(WAIT_S)
-            for beginning in (b"", b"GET /healthz HTTP/1.1\r\nX: y"):
-                with socket.create_connection(address, timeout=WAIT_S) as sock:
-                    sock.sendall(beginning)
-                    assert sock.recv(1) == b""
-            with socket.create_connection(address, timeout=WAIT_S) as sock:
-                for _ in range(2):
-                    sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-                    assert sock.recv(4096).startswith(b"HTTP/1.1 200 ")
+            yield listening.getsockname()
         finally:
             stop.set()
             serving.join(WAIT_S)
+
+
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+def test_a_request_that_does_not_come_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.2)
+    with served_here(tmp_path) as address:
+        for beginning in (b"", b"GET /healthz HTTP/1.1\r\nX: y"):
+            with socket.create_connection(address, timeout=WAIT_S) as sock:
+                sock.sendall(beginning)
+                assert sock.recv(1) == b""
+        with socket.create_connection(address, timeout=WAIT_S) as sock:
+            for _ in range(2):
+                sock.sendall(HEALTH)
+                assert sock.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_handshake_that_does_not_end_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_HANDSHAKE_S", 0.2)
+    authority = trustme.CA()
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "pem")
+    files = {"tls_cert": str(tmp_path / "pem"), "tls_key": str(tmp_path / "pem")}
+    with served_here(tmp_path, **files) as address:
+        for beginning in (b"", b"\x16\x03\x01\x02\x00\x01", HEALTH):
+            with socket.create_connection(address, timeout=WAIT_S) as sock:
+                sock.sendall(beginning)
+                with contextlib.suppress(ConnectionError):
+                    while sock.recv(4096):
+                        pass
+        trusting = ssl.create_default_context()
+        authority.configure_trust(trusting)
+        sock = socket.create_connection(address, timeout=WAIT_S)
+        with trusting.wrap_socket(sock, server_hostname="127.0.0.1") as secure:
+            secure.sendall(HEALTH)
+            assert secure.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+
+def test_who_does_not_read_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "_STALL_S", 0.2)
+    data = make_artifact("large", 32 << 20)
+    with served_here(tmp_path) as address:
+        with contextlib.closing(http.client.HTTPConnection(*address, timeout=WAIT_S)) as client:
+            client.request("PUT", "/v1/episodes/large", data)
+            assert client.getresponse().status == 201
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            sock.settimeout(WAIT_S)
+            sock.connect(address)
+            sock.sendall(b"GET /v1/episodes/large HTTP/1.1\r\nHost: x\r\n\r\n")
+            process = psutil.Process()
+
+            def is_open() -> bool:
+                return sock.getsockname() in {tuple(one.raddr) for one in process.net_connections() if one.fd != -1}
+
+            wait_for(is_open)
+            wait_for(lambda: not is_open())
+
+
+def test_connections_that_ask_for_nothing_keep_nobody_out(start: Start) -> None:
+    receiver = start(max_connections=10)
+    process = psutil.Process(receiver.process.pid)
+    before = process.num_fds()
+    with contextlib.ExitStack() as open_ones:
+        for number in range(50):
+            sock = open_ones.enter_context(socket.create_connection((receiver.host, receiver.port), timeout=WAIT_S))
+            with contextlib.suppress(ConnectionError):
+                sock.sendall([b"", b"GET / HTTP/1.1\r\nX:", HEALTH][number % 3])
+
+        def is_served() -> bool:
+            try:
+                return receiver.put("kept-out", make_artifact("kept-out")).status in (200, 201)
+            except OSError:  # it is cut where the others came in this second
+                return False
+
+        wait_for(is_served)
+        assert process.num_fds() < before + 30
+    assert receiver.log.read_text().count("there are too many") <= 10
+
+
+def test_a_client_that_has_gone_is_no_error(receiver: Server) -> None:
+    """Behind a request that is being answered comes nonsense, or the end."""
+    data = make_artifact("gone", 100_000)
+    put = f"PUT /v1/episodes/gone HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+    for behind in (b"\0\0", b"", HEALTH + HEALTH, HEALTH + b"nonsense\r\n\r\n"):
+        for _ in range(20):
+            with socket.create_connection((receiver.host, receiver.port), timeout=WAIT_S) as sock:
+                sock.sendall(put + behind)
+                sock.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(ConnectionError):
+                    while sock.recv(1 << 16):
+                        pass
+    assert receiver.request("GET", "/healthz").status == 200
+    assert "Traceback" not in receiver.log.read_text()
+
+
+def test_many_fields_cost_little(receiver: Server) -> None:
+    process = psutil.Process(receiver.process.pid)
+    resident = process.memory_info().rss
+    for size in (12_000, 60_000):
+        for _ in range(100):
+            head = b"PUT /v1/episodes/fields HTTP/1.1\r\nHost: x\r\n" + b"a: \r\n" * size + b"\r\n"
+            sock = socket.create_connection((receiver.host, receiver.port), timeout=WAIT_S)
+            with sock, contextlib.suppress(ConnectionError):
+                sock.sendall(head)
+                assert sock.recv(1 << 16).startswith(b"HTTP/1.1 400 ")
+    assert process.memory_info().rss - resident < 50 << 20
 
 
 def test_many_that_wait_for_one_upload_hold_nobody_else_up(receiver: Server) -> None:
