@@ -20,13 +20,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fastship
-from fastship import ipc
+from fastship import ipc, logs
 from fastship.errors import WorkerCannotStart
 from fastship.lifecycle import Book, State
 from fastship.settings import Settings
 from fastship.supervisor.host import restrain, restrain_group
 
+log = logs.Logger(__name__)
+
 BOOTS_BEFORE_GIVING_UP = 3  # workers in a row that ended before they were ready, whatever their status
+HIRE_AGAIN_S = 1.0  # after the system gave no process
+START_REMEDY = "is the installation whole and readable, and is there room for processes, memory and open files?"
 TERMINATE_S = 3.0  # from SIGTERM to SIGKILL
 LISTENING_S = 1.0  # a turn of the loop that takes longer was held up
 
@@ -106,32 +110,54 @@ class Crew:
         self._selector = selector
         self._numbers = 0
         self._failed_boots = 0
+        self._hire_at = 0.0
         self._looked_at = time.monotonic()  # when `silent` was last asked
 
-    def hire(self, *, threads: int) -> Hand:
-        """Start one more worker. Does not wait for it."""
+    def hire(self, *, threads: int) -> Hand | None:
+        """Start one more worker. Does not wait for it. None: the system gave no process, ask again.
+
+        Raises `WorkerCannotStart` when there is no worker and starting more is of no use.
+        """
+        if time.monotonic() < self._hire_at:
+            return None
+        try:
+            process, channel = self._start()
+        except OSError as error:
+            self._failed_boots += 1
+            if not self.hands and self._failed_boots >= BOOTS_BEFORE_GIVING_UP:
+                raise WorkerCannotStart(f"a worker process could not start: {error}", remedy=START_REMEDY) from None
+            log.error("worker-not-started", error=str(error), remedy=START_REMEDY)
+            self._hire_at = time.monotonic() + HIRE_AGAIN_S
+            return None
+        restrain(process.pid, self.settings.host)
         self._numbers += 1
+        hand = Hand(self._numbers, process, channel)
+        self.hands[hand.number] = hand
+        self._selector.register(channel, selectors.EVENT_READ, hand)
+        self.send(hand.number, ipc.Welcome(hand.number, self.settings, threads))
+        return hand
+
+    def _start(self) -> tuple[subprocess.Popen[bytes], ipc.SupervisorEnd]:
         channel, theirs = ipc.pair()
         environment = dict(os.environ)
         # The package that runs now, wherever it is, and (-P) nothing of the working directory.
         environment["PYTHONPATH"] = os.pathsep.join(
             part for part in (str(Path(fastship.__file__).parent.parent), environment.get("PYTHONPATH")) if part
         )
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "fastship.worker", str(theirs.fileno())],
-                pass_fds=(theirs.fileno(), self._lock_fd),
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # standard output is the command's
-                env=environment,
-                start_new_session=True,
-            )
-        restrain(process.pid, self.settings.host)
-        hand = Hand(self._numbers, process, channel)
-        self.hands[hand.number] = hand
-        self._selector.register(channel, selectors.EVENT_READ, hand)
-        self.send(hand.number, ipc.Welcome(hand.number, self.settings, threads))
-        return hand
+        try:
+            with theirs:
+                process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "fastship.worker", str(theirs.fileno())],
+                    pass_fds=(theirs.fileno(), self._lock_fd),
+                    stdin=subprocess.DEVNULL,
+                    stdout=2,  # standard output is the command's
+                    env=environment,
+                    start_new_session=True,
+                )
+        except OSError:
+            channel.close()
+            raise
+        return process, channel
 
     def restrain(self) -> None:
         """What `hire` could not do yet. Does not wait: to be called again and again."""

@@ -149,7 +149,8 @@ class Supervisor:
     def _hire(self) -> None:
         count = worker_count(self._settings)
         while self._drain_until is None and sum(1 for hand in self._crew.hands.values() if not hand.leaving) < count:
-            self._crew.hire(threads=most_threads(self._settings))
+            if self._crew.hire(threads=most_threads(self._settings)) is None:
+                break
         self._crew.restrain()
 
     # --- reap ------------------------------------------------------------------------------------------------

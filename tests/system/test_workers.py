@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
@@ -25,9 +28,11 @@ from lab import (
     wait_until,
     workers_of,
 )
+from structlog.testing import capture_logs
 
 from fastship import Shipper, status
 from fastship.errors import EXIT_INTERNAL, EXIT_NOT_SHIPPED, WorkerCannotStart
+from fastship.supervisor import crew as crew_module
 
 MakeLab = Callable[..., Lab]
 
@@ -220,6 +225,29 @@ def test_worker_that_cannot_start_stops_the_daemon(lab: Lab, tmp_path: Path, mon
     with pytest.raises(WorkerCannotStart):
         lab.once()
     assert workers_of() == []
+
+
+def test_a_system_that_gives_no_process_is_waited_for(
+    lab: Lab, destination: Destination, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crew_module, "HIRE_AGAIN_S", 0.01)
+    lab.episode()
+    start, refusals = crew_module.Crew._start, iter([errno.EAGAIN, errno.ENOMEM])
+
+    def refuse(self: crew_module.Crew) -> Any:
+        for number in refusals:
+            raise OSError(number, os.strerror(number))
+        return start(self)
+
+    monkeypatch.setattr(crew_module.Crew, "_start", refuse)
+    with capture_logs() as logs:
+        assert lab.once().shipped == 1
+    assert [line["event"] for line in logs] == ["worker-not-started"] * 2
+    lab.episode("late")
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(WorkerCannotStart, match="No such file"):
+        lab.once()
+    assert lab.names("episodes") == ["late"]
 
 
 def test_an_episode_that_cannot_be_packed_is_told(lab: Lab, destination: Destination, tmp_path: Path) -> None:
