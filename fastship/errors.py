@@ -88,6 +88,12 @@ class EpisodeUnfinished(PackError):
     code = "episode-unfinished"
 
 
+class EpisodeUnmovable(PackError):
+    """It could not be retired: a mount point, or a directory that is another's."""
+
+    code = "episode-unmovable"
+
+
 class EpisodeUnreadable(PackError):
     """A file or directory of the episode cannot be read (permissions, I/O error)."""
 

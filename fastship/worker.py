@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from fastship import ipc, logs
 from fastship.episode import MARKER, Manifest, Outcome, Verdict, read_code_commit
-from fastship.errors import EpisodeUnfinished, FastshipError, OutboxFull, PackError
+from fastship.errors import EpisodeUnfinished, EpisodeUnmovable, FastshipError, OutboxFull, PackError
 from fastship.frames import FramePool, KeptFrames
 from fastship.lifecycle.events import Answered, PackBegan, Packed, PackFailed, Returned
 from fastship.pack import Flow, LevelControl, PackOptions, fingerprint, pack
@@ -244,6 +244,7 @@ class Worker:
     def _artifact_of(self, episode: str) -> tuple[Manifest, bool]:
         """The artifact of an episode as it is now: the one in the outbox (True), or packed anew (False)."""
         directory = self._layout.episodes / episode
+        _require_movable(directory, self._layout.shipped)
         manifest = self._outbox.find(episode)
         if manifest is not None and manifest.fingerprint == fingerprint(directory, owner=self._options.owner):
             _require_marker(directory)
@@ -318,6 +319,24 @@ class Worker:
         del self._under_way[episode]  # first: it may be given to us again as soon as it is answered
         with contextlib.suppress(ipc.Closed):
             self._channel.send(Answered(episode, verdict, manifest, unchanged))
+
+
+def _require_movable(directory: Path, target: Path) -> None:
+    """Before anything is sent: its owner and mode are part of the content, so that what would be mended once the
+    receiver has it, by chown or chmod, would be a conflict.
+
+    Whoever moves a directory to another one writes into it (``..``); an owner may give himself leave to.
+    """
+    try:
+        status = os.stat(directory, follow_symlinks=False)
+        if status.st_dev != os.stat(target).st_dev:
+            remedy = "unmount it, and record within the spool's own file system"
+            raise EpisodeUnmovable(f"{directory.name} is on another file system than {target}", remedy=remedy)
+        if status.st_uid != os.geteuid() and not os.access(directory, os.W_OK, effective_ids=True):
+            remedy = "let recorders and fastship share an owner, or a group that may write; it is tried again by itself"
+            raise EpisodeUnmovable(f"{directory.name} could not be moved to {target}: not its owner", remedy=remedy)
+    except OSError:
+        return  # reading it will say what is wrong
 
 
 def _require_marker(directory: Path) -> None:
