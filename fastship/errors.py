@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 EXIT_OK = 0
+EXIT_DIFFERS = 1
 EXIT_USAGE = 2
 EXIT_SETTINGS = 3
 EXIT_NOT_SHIPPED = 4
@@ -123,6 +124,14 @@ class ExtractError(FastshipError):
     """The target's file system does not take a member (no room, no permission, a name it cannot hold)."""
 
     code = "extract"
+    exit_code = EXIT_NOT_SHIPPED
+    retryable = True
+
+
+class DestinationError(FastshipError):
+    """The destination cannot be asked, or does not answer as one that could be; nothing is known of any episode."""
+
+    code = "destination"
     exit_code = EXIT_NOT_SHIPPED
     retryable = True
 

@@ -310,7 +310,7 @@ class Destination:
             def do_PUT(self) -> None:
                 outer._serve(self)
 
-            do_PATCH = do_HEAD = do_PUT
+            do_PATCH = do_HEAD = do_POST = do_PUT
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -357,12 +357,15 @@ class Destination:
 
     def _decide(self, heard: Heard) -> Reply:
         episode = heard.episode
-        if heard.method == "PUT":
+        if heard.method in ("PUT", "POST"):
             script = self.says.get(episode) or self.says.get("*")
             if script:
                 reply = script.pop(0) if len(script) > 1 else script[0]
                 if reply is not STORE:
                     return reply
+        if heard.method == "POST":
+            return Reply(501)  # as servers do that cannot read again
+        if heard.method == "PUT":
             if episode in self.stored:
                 return self._proven(200, episode)
             self._announced[episode] = heard.fields.get("repr-digest", "")

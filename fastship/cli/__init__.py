@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import click
 
 from fastship import __version__
-from fastship.cli import artifacts, demonstration, measuring, service, setup, triage
+from fastship.cli import artifacts, custody, demonstration, measuring, service, setup, triage
 from fastship.cli.options import Invocation
 from fastship.cli.output import printable_lines
 from fastship.errors import EXIT_INTERNAL, EXIT_OK, EXIT_USAGE, FastshipError
@@ -46,8 +46,8 @@ class _InOrder(click.Group):
 @click.group(
     cls=_InOrder,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 all due work done; 2 usage; 3 settings; 4 some episode was not shipped; "
-    "5 another instance holds the spool; 70 a fault of fastship.",
+    epilog="Exit codes: 0 all due work done; 1 of verify and scrub: not as it should be; 2 usage; 3 settings; "
+    "4 some episode was not shipped; 5 another instance holds the spool; 70 a fault of fastship.",
 )
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
 def fastship() -> None:
@@ -66,6 +66,8 @@ for _command in (
     service.status,
     triage.quarantine,
     triage.holds,
+    custody.verify,
+    custody.scrub,
     artifacts.pack,
     artifacts.ls,
     artifacts.extract,

@@ -11,7 +11,7 @@ from fastship.frames.kept import KeptFrames
 from fastship.frames.memory import pool_bytes
 from fastship.frames.reader import ArtifactReader, ReadAt
 from fastship.frames.tar import Header, NotTar, TarReader
-from fastship.frames.verify import VerifiedContent, verify_content
+from fastship.frames.verify import ReadAgain, VerifiedContent, read_again, verify_content
 from fastship.frames.writer import ArtifactWriter
 
 __all__ = [
@@ -26,9 +26,11 @@ __all__ = [
     "LevelChoice",
     "Member",
     "NotTar",
+    "ReadAgain",
     "ReadAt",
     "TarReader",
     "VerifiedContent",
     "pool_bytes",
+    "read_again",
     "verify_content",
 ]

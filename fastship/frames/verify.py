@@ -6,6 +6,8 @@ its siblings, ``errors`` and blake3; the receiver and the command line import it
 
 from __future__ import annotations
 
+import errno
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,8 +15,10 @@ import blake3
 import msgspec
 
 from fastship.errors import ArtifactError
-from fastship.frames.reader import ArtifactReader
+from fastship.frames.reader import ArtifactReader, ReadAt
 from fastship.frames.tar import NotTar, TarReader
+
+_PIECE_BYTES = 1 << 20
 
 
 class VerifiedContent(msgspec.Struct, frozen=True):
@@ -39,9 +43,66 @@ def verify_content(
     ``max_content_bytes`` (None: any size); ``InterruptedError`` soon after ``stopped`` says so.
     """
     with ArtifactReader.open(path) as reader:
-        found = Digested(reader.stream(threads), reader.content_bytes or 0, max_content_bytes, stopped).judge()
-        check_index(reader, found.members)
-        return found
+        return _verify(reader, threads, max_content_bytes, stopped)
+
+
+class ReadAgain(msgspec.Struct, frozen=True):
+    """What the bytes of an artifact are: their SHA-256, and the content, or (``fault``) why there is none."""
+
+    sha256: str
+    bytes: int
+    content: VerifiedContent | None
+    fault: str = ""
+
+
+def read_again(
+    read_at: ReadAt, total_bytes: int, *, threads: int = 1, stopped: Callable[[], bool] = lambda: False
+) -> ReadAgain:
+    """Both digests of an artifact of which nothing is known, each of its bytes read once, in order.
+
+    But for the seek table, the index and what follows damage, which is read twice. Blocks as `verify_content`. Raises
+    ``InterruptedError`` soon after ``stopped`` says so, and what ``read_at`` raises, ``OSError`` say.
+    """
+    passing = _Passing(read_at, total_bytes)
+    content, fault = None, ""
+    try:
+        content = _verify(ArtifactReader(passing.read, total_bytes), threads, None, stopped)
+    except ArtifactError as error:
+        fault = error.message
+    return ReadAgain(passing.digest_rest(stopped), total_bytes, content, fault)
+
+
+class _Passing:
+    """Digests what is read of a file as long as that is the next that was not."""
+
+    def __init__(self, read_at: ReadAt, total_bytes: int) -> None:
+        self._read_at = read_at
+        self._total_bytes = total_bytes
+        self._digest = hashlib.sha256()
+        self._at = 0
+
+    def read(self, offset: int, length: int) -> bytes:
+        data = self._read_at(offset, length)
+        if offset == self._at:
+            self._digest.update(data)
+            self._at += len(data)
+        return data
+
+    def digest_rest(self, stopped: Callable[[], bool]) -> str:
+        while self._at < self._total_bytes:
+            if stopped():
+                raise InterruptedError("the verification was told to stop")
+            if not self.read(self._at, min(_PIECE_BYTES, self._total_bytes - self._at)):
+                raise OSError(errno.EIO, f"the file ends at byte {self._at} of {self._total_bytes}")
+        return self._digest.hexdigest()
+
+
+def _verify(
+    reader: ArtifactReader, threads: int, max_content_bytes: int | None, stopped: Callable[[], bool]
+) -> VerifiedContent:
+    found = Digested(reader.stream(threads), reader.content_bytes or 0, max_content_bytes, stopped).judge()
+    check_index(reader, found.members)
+    return found
 
 
 def check_index(reader: ArtifactReader, members: int | None) -> None:

@@ -8,16 +8,27 @@ the worker, ``tune``, the demo and the command line import it.
 
 from fastship.pack.extract import ExtractResult, extract, list_members
 from fastship.pack.level import Flow, LevelControl, level_without_link
-from fastship.pack.packing import EpisodeSize, PackOptions, Sink, fingerprint, measure, pack
+from fastship.pack.packing import (
+    Content,
+    EpisodeSize,
+    PackOptions,
+    Sink,
+    digest_content,
+    fingerprint,
+    measure,
+    pack,
+)
 from fastship.pack.sampling import read_windows
 
 __all__ = [
+    "Content",
     "EpisodeSize",
     "ExtractResult",
     "Flow",
     "LevelControl",
     "PackOptions",
     "Sink",
+    "digest_content",
     "extract",
     "fingerprint",
     "level_without_link",

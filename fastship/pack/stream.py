@@ -16,13 +16,13 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import blake3
 
 from fastship import pagecache
 from fastship.errors import EpisodeChanged, EpisodeUnreadable
-from fastship.frames import ArtifactWriter, Kind
+from fastship.frames import Kind
 from fastship.pack.headers import BLOCK, END_OF_ARCHIVE, header
 from fastship.pack.walk import Entry, printable, read_fault, same, walk
 
@@ -90,12 +90,40 @@ class Layout:
         return self._fingerprint.hexdigest()
 
 
+class MemberTaker(Protocol):
+    """See `fastship.frames.index.IndexWriter`."""
+
+    def add(
+        self,
+        tar_offset: int,
+        size: int,
+        mtime: int,
+        uid: int,
+        gid: int,
+        mode: int,
+        kind: Kind,
+        name: bytes,
+        link: bytes,
+    ) -> None: ...
+
+
+class FrameTaker(Protocol):
+    """What becomes of the stream: see `fastship.frames.ArtifactWriter`."""
+
+    @property
+    def buffer(self) -> memoryview: ...
+    @property
+    def index(self) -> MemberTaker: ...
+    def submit(self, used: int, /) -> memoryview: ...
+    def finish(self, used: int, /) -> None: ...
+
+
 class TarStream:
     """Fills the frames of ``writer`` with an episode. ``content_bytes`` is the tar stream's length so far."""
 
     def __init__(
         self,
-        writer: ArtifactWriter,
+        writer: FrameTaker,
         owner: Owner,
         progress: Callable[[int], None] | None,
         page_cache: pagecache.Care = "keep",
@@ -115,9 +143,12 @@ class TarStream:
     def content_bytes(self) -> int:
         return self._before + self._fill
 
-    def write_episode(self, episode: Path) -> None:
-        """The whole tar stream. Raises `EpisodeChanged`, `EpisodeUnreadable`, and what the writer raises."""
-        for entry in walk(episode):
+    def write_episode(self, episode: Path, name: str | None = None) -> None:
+        """The whole tar stream, of an episode called ``name``.
+
+        Raises `EpisodeChanged`, `EpisodeUnreadable`, and what the writer raises.
+        """
+        for entry in walk(episode, name):
             status = entry[3]
             if status is None:
                 self._add_file(entry)

@@ -50,9 +50,12 @@ class _Level:
         self.prefix_bytes = prefix_bytes  # of the member names below it
 
 
-def walk(episode: Path) -> Iterator[Entry]:
-    """Every entry of ``episode``, itself first. Raises `EpisodeChanged` and `EpisodeUnreadable`, naming the path."""
-    top = os.fsencode(os.path.basename(os.path.abspath(episode)))
+def walk(episode: Path, called: str | None = None) -> Iterator[Entry]:
+    """Every entry of ``episode``, itself first, as if that were ``called`` so.
+
+    Raises `EpisodeChanged` and `EpisodeUnreadable`, naming the path.
+    """
+    top = os.fsencode(called or os.path.basename(os.path.abspath(episode)))
     if not top:
         raise PackError(f"{episode} cannot be packed: it has no name", remedy="name a directory below /")
     levels: list[_Level] = []

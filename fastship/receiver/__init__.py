@@ -5,11 +5,12 @@ receipt are on disk under the episode's name and verified; an artifact once publ
 is docs/protocol.md. Inside, imports go one way:
 
     __main__ > server > (connection | app)      app > (reading | small > ending > store) > uploads
+    app > verification > custody > store        scrub > custody
     app > reading > request > ingest > direct > partial      connection > direct
     uploads > (lock > partial | reserved)                    uploads > decisions > (access | answers)
 
 Imports ``settings``, ``episode``, ``durable``, ``fields``, ``frames`` and ``errors`` of fastship, never ``upload``.
-The command line and the tests import this package by the two names below.
+The command line and the tests import this package by the names below; ``scrub`` by itself, as it needs no server.
 """
 
 from fastship.receiver.app import create_app

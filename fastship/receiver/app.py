@@ -36,6 +36,7 @@ from fastship.receiver.request import Request, Scope, Send
 from fastship.receiver.small import SMALL_BYTES, SMALL_CONTENT_BYTES, Small, SmallStore
 from fastship.receiver.store import Store
 from fastship.receiver.uploads import LengthMismatch, UnknownUpload, Upload
+from fastship.receiver.verification import Verifications
 from fastship.settings import ReceiverSettings
 
 _log = logging.getLogger("fastship.receiver")
@@ -46,7 +47,7 @@ _TRY_S = 0.05  # so long a thread waits for an upload's lock, then it serves oth
 _LARGE_BYTES = 256 << 20  # of artifact or content: about a third of a second to verify
 _MEND_INTERVAL_S = 3600.0
 _HELD_BYTES = 16 << 20  # of small bodies in memory; more go to the disk at once
-_ROUTE = re.compile(r"/v1/(episodes|uploads|receipts)/([^/]*)")
+_ROUTE = re.compile(r"/v1/(episodes|uploads|receipts|verifications)/([^/]*)")
 
 T = TypeVar("T")
 Route = Callable[[Request, str], Awaitable[Answer | None]]
@@ -76,6 +77,7 @@ class Receiver:
         self._verifying = ThreadPoolExecutor(2, "receiver-verify")  # of what takes so long that others would wait
         self._takers = Takers()
         self._small = SmallStore(self._store, self._decide)
+        self._verifications = Verifications(self._store)
         self._held_bytes = 0
         self._open_bodies = 0
         self._reading = 0  # artifacts that are being sent
@@ -94,6 +96,7 @@ class Receiver:
         self._verifying.shutdown(wait=False)
         self._takers.close()
         self._small.close()
+        self._verifications.close()
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -156,6 +159,7 @@ class Receiver:
             "episodes": {"PUT": self._put, "GET": self._get, "HEAD": self._get},
             "uploads": {"PATCH": self._patch, "HEAD": self._head_upload, "DELETE": self._delete_upload},
             "receipts": {"GET": self._get_receipt, "HEAD": self._get_receipt},
+            "verifications": {"POST": self._verifications.answer},
         }
         methods = routes[kind]
         if request.method == "OPTIONS":

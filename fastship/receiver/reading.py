@@ -48,7 +48,7 @@ async def send_artifact(request: Request, path: Path, receipt: Receipt, executor
         if request.method == "HEAD":
             await request.send_body(b"")
             return
-        gone = asyncio.create_task(_disconnected(request))
+        gone = asyncio.create_task(request.left())
         while first < end and not gone.done():
             piece = await loop.run_in_executor(executor, os.pread, fd, min(_PIECE_BYTES, end - first), first)
             if not piece:
@@ -76,8 +76,3 @@ def _matches(value: str | None, etag: str) -> bool:
         return False
     known = [tag.strip().removeprefix("W/") for tag in value.split(",")]
     return etag in known or "*" in known
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

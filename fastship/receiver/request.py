@@ -4,7 +4,7 @@ What always holds: a final answer to a request whose body was not read to its en
 sent whole at once, and what the client still sends is read and dropped for a while before the connection is
 closed: otherwise the kernel resets the connection and the client may never see the answer.
 
-Imported by ``app`` and ``reading``.
+Imported by ``app``, ``reading`` and ``verification``.
 """
 
 from __future__ import annotations
@@ -61,6 +61,11 @@ class Request:
         if message["type"] != "http.request" or not message.get("more_body", False):
             self._unread = False
         return message
+
+    async def left(self) -> None:
+        """Until the client has gone away; what it still sends is dropped."""
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
 
     async def start(self, status: int, headers: Iterable[tuple[str, str]]) -> None:
         self.status = status

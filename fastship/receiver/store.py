@@ -18,9 +18,11 @@ Blocks on the disk. Imported by ``app`` and ``server``.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
+import re
 import secrets
 import socket
 import threading
@@ -33,7 +35,7 @@ import msgspec
 from fastship import durable, pagecache
 from fastship.episode import ARTIFACT_SUFFIX, Read, Receipt, ReceivedArtifact, ReceivedContent, is_episode_id
 from fastship.errors import ArtifactError, ReceiverError
-from fastship.frames import Following, verify_content
+from fastship.frames import Following, ReadAgain, verify_content
 from fastship.receiver import answers
 from fastship.receiver.answers import Answer
 from fastship.receiver.decisions import Declared, compare
@@ -43,6 +45,7 @@ from fastship.settings import ReceiverSettings
 
 _log = logging.getLogger("fastship.receiver")
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _FOLLOWINGS = 4  # artifacts verified while they come, in a process; the others are when they are whole
 
 
@@ -135,6 +138,77 @@ class Store:
             return None
         return self._read_receipt(episode) or self._recover(episode)
 
+    def kept_receipt(self, episode: str, inode: int) -> Receipt | None:
+        """The receipt of the artifact that is this inode, as it was written; None where it is lost or spoilt."""
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self._waiting_receipt(episode, inode), self._receipt_path(episode))
+        return self._read_receipt(episode)
+
+    def renew_receipt(self, episode: str, found: ReadAgain) -> Receipt:
+        """Write the receipt anew, of an artifact that was ``found`` so in its file. Durable."""
+        content = None
+        if found.content is not None:
+            content = ReceivedContent(found.content.blake3, found.content.bytes, found.content.members)
+        read = Read(artifact="file", content="file" if content is not None else None, at=_now())
+        receipt = self._make_receipt(episode, found.sha256, found.bytes, content, read)
+        durable.write_file(self._receipt_path(episode), _encode(receipt))
+        return receipt
+
+    def note_checked(self, episode: str, at_ns: int) -> None:
+        """The modification time of a receipt says when its artifact was last read and found right. Not durable."""
+        with contextlib.suppress(OSError):
+            os.utime(self._receipt_path(episode), ns=(at_ns, at_ns))
+
+    def checked_ns(self, episode: str) -> int:
+        """When it was; 0 for an artifact without a receipt."""
+        try:
+            return os.stat(self._receipt_path(episode)).st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
+    def set_aside(self, episode: str, inode: int, reason: msgspec.Struct) -> Path:
+        """Move the artifact that is this inode to ``rotted/``, durably; its id is free then. Returns where it is.
+
+        The reason, with all that was known of it, is durable before the artifact moves, so whatever is in ``rotted/``
+        says why; the rename is the one step that counts. Cut before it: the next who reads the artifact does it again,
+        under the same name. Cut after it: the receipt that is left says nothing without an artifact, and whoever
+        publishes that id removes it (`name`), which may be at this very moment. Raises ``OSError``.
+        """
+        rotted = self.root / "rotted"
+        rotted.mkdir(exist_ok=True)
+        target, number = rotted / f"{episode}{ARTIFACT_SUFFIX}", 0
+        while os.path.lexists(target):
+            number += 1
+            target = rotted / f"{episode}~{number}{ARTIFACT_SUFFIX}"
+        name = target.name.removesuffix(ARTIFACT_SUFFIX)
+        encoded = msgspec.json.format(msgspec.json.encode(reason), indent=2) + b"\n"
+        durable.write_file(rotted / f"{name}.reason.json", encoded)
+        durable.sync_directory(self.root)
+        if os.stat(self.artifact_path(episode)).st_ino != inode:
+            raise FileNotFoundError(errno.ENOENT, "another artifact has its name by now", episode)
+        os.rename(self.artifact_path(episode), target)
+        durable.sync_directory(rotted)
+        durable.sync_directory(self._episodes)
+        self._drop_receipt_without_artifact(episode)
+        return target
+
+    @property
+    def episodes(self) -> Path:
+        return self._episodes
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._stopping.is_set()
+
+    @property
+    def verifies_content(self) -> bool:
+        return self._verify == "content"
+
+    @property
+    def threads(self) -> int:
+        """That one verification may use."""
+        return self._threads
+
     def mend(self) -> None:
         """Give every artifact its receipt and sweep what is too old or was left by a crash. May be repeated."""
         names = {entry.name for entry in os.scandir(self._episodes)}
@@ -226,9 +300,10 @@ class Store:
         try:
             os.link(prepared.partial.path, self.artifact_path(declared.episode))
         except FileExistsError:
-            prepared.forget_receipt()
             first = self._already(prepared.receipt.artifact.sha256, declared, prepared.receipt.content)
-            assert first is not None, "a name that was there has gone: somebody works in episodes/ by hand"
+            if first is None:  # what had the name was set aside just now
+                return self.name(prepared)
+            prepared.forget_receipt()
             return first
         prepared.named = True
         return None
@@ -337,18 +412,27 @@ class Store:
             with contextlib.suppress(ArtifactError):
                 content, content_from = self._verify_content(self.artifact_path(episode), None)
             read = Read(artifact="file", content=content_from, at=_now())
+            if content is None and self._verify == "content":
+                _log.error("%s cannot be unpacked: fastship scrub sets it aside", self.artifact_path(episode))
             receipt = self._make_receipt(episode, sha256, stat.st_size, content, read)
             durable.write_file(self._receipt_path(episode), _encode(receipt))
             return receipt
 
     def _read_receipt(self, episode: str) -> Receipt | None:
+        """None where there is none, or one that cannot be of the artifact beside it: a flipped bit of it would be told
+        to every client that asks."""
         try:
-            return msgspec.json.decode(self._receipt_path(episode).read_bytes(), type=Receipt)
+            receipt = msgspec.json.decode(self._receipt_path(episode).read_bytes(), type=Receipt)
+            size = os.stat(self.artifact_path(episode)).st_size
         except FileNotFoundError:
             return None
         except msgspec.MsgspecError:
             _log.warning("the receipt of %s cannot be read", episode)
             return None
+        if (receipt.episode, receipt.artifact.bytes) == (episode, size) and _SHA256.fullmatch(receipt.artifact.sha256):
+            return receipt
+        _log.warning("the receipt of %s is not one of the artifact beside it", episode)
+        return None
 
     def _drop_receipt_without_artifact(self, episode: str) -> None:
         if self._receipt_path(episode).exists() and not self.artifact_path(episode).exists():

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from fastship import durable
+from fastship import durable, sealed
 from fastship.frames import Following
 from fastship.receiver.answers import Answer
 from fastship.receiver.bodies import Bodies, is_free
@@ -201,7 +201,7 @@ class Uploads:
             return
         with upload.exclusive():
             upload.declared = msgspec.structs.replace(upload.declared, length=length)
-            durable.write_file(self._path(upload.token, "json"), msgspec.json.encode(upload.declared))
+            durable.write_file(self._path(upload.token, "json"), sealed.seal(msgspec.json.encode(upload.declared)))
         self._reserved.note(upload.token, length)
 
     def look(self, token: str, *, wait_s: float = WAIT_S) -> Look:
@@ -359,7 +359,9 @@ class Uploads:
         part = self._path(token, "part")
         durable.unlink_if_present(part)
         os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
-        durable.write_file(self._path(token, "json"), msgspec.json.encode(declared))  # makes all three names durable
+        durable.write_file(
+            self._path(token, "json"), sealed.seal(msgspec.json.encode(declared))
+        )  # makes all three names durable
         lock.write(State(boot=self._boot))
         self._reserved.note(token, declared.length)
 
@@ -460,8 +462,11 @@ class Uploads:
 
     def _read(self, token: str) -> Declared | None:
         try:
-            return msgspec.json.decode(self._path(token, "json").read_bytes(), type=Declared)
-        except (FileNotFoundError, msgspec.MsgspecError):
+            return msgspec.json.decode(sealed.unseal(self._path(token, "json").read_bytes()), type=Declared)
+        except FileNotFoundError:
+            return None
+        except (msgspec.MsgspecError, sealed.Spoilt) as error:
+            _log.warning("the record of upload %s... is spoilt, it begins anew: %s", token[:8], error)
             return None
 
     def _remove(self, token: str) -> None:

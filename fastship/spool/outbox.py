@@ -18,13 +18,16 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 from pathlib import Path
 
 import msgspec
 
-from fastship import durable
+from fastship import durable, sealed
 from fastship.episode import ARTIFACT_SUFFIX, Manifest
+
+log = logging.getLogger(__name__)
 
 PARTIAL_SUFFIX = ARTIFACT_SUFFIX + ".partial"
 MANIFEST_SUFFIX = ".manifest.json"
@@ -85,15 +88,15 @@ class Outbox:
         """Keep in mind that the upload ``url`` has some of the artifact; "": none has. Raises ``OSError``."""
         if url:
             note = UploadNote(url, destination, durable.boot_id())
-            durable.write_file(self.upload_note(episode), msgspec.json.encode(note), sync=False)
+            durable.write_file(self.upload_note(episode), sealed.seal(msgspec.json.encode(note)), sync=False)
         else:
             durable.unlink_if_present(self._path(episode, UPLOAD_SUFFIX))
 
     def find_upload(self, episode: str, destination: str) -> str:
         """The upload at ``destination`` that has some of the artifact, or of the partial; "" where none has."""
         try:
-            note = msgspec.json.decode(self.upload_note(episode).read_bytes(), type=UploadNote)
-        except (OSError, msgspec.MsgspecError):
+            note = msgspec.json.decode(sealed.unseal(self.upload_note(episode).read_bytes()), type=UploadNote)
+        except (OSError, msgspec.MsgspecError, sealed.Spoilt):
             return ""
         return note.url if (note.destination, note.boot_id) == (destination, durable.boot_id()) else ""
 
@@ -108,7 +111,7 @@ class Outbox:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(self._path(manifest.episode, MANIFEST_SUFFIX), flags, 0o644)
         try:
-            durable.write_all(fd, msgspec.json.encode(manifest))
+            durable.write_all(fd, sealed.seal(msgspec.json.encode(manifest)))
         finally:
             os.close(fd)
         os.rename(self._path(manifest.episode, PARTIAL_SUFFIX), artifact)
@@ -118,8 +121,11 @@ class Outbox:
         """The manifest of an artifact that is there with the right size, else None."""
         try:
             size = os.stat(self._path(episode, ARTIFACT_SUFFIX)).st_size
-            manifest = msgspec.json.decode(self.manifest(episode).read_bytes(), type=Manifest)
+            manifest = msgspec.json.decode(sealed.unseal(self.manifest(episode).read_bytes()), type=Manifest)
         except (OSError, msgspec.MsgspecError):
+            return None
+        except sealed.Spoilt as error:
+            log.warning("%s: %s; its artifact is packed again", self.manifest(episode), error)
             return None
         return manifest if manifest.episode == episode and manifest.artifact_bytes == size else None
 

@@ -22,7 +22,7 @@ import msgspec
 from fastship import durable
 from fastship.spool.store import Spool
 
-Action = Literal["retry", "drop", "keep-local", "drop-local"]
+Action = Literal["retry", "drop", "keep-local", "drop-local", "reship"]
 T = TypeVar("T")
 
 
@@ -120,6 +120,9 @@ def carry_out(spool: Spool, request: Request) -> Effect:
     if request.action == "retry":
         ready = spool.retry(episode, new_id=request.new_id)
         return Effect(f"{ready} is back in episodes/ and will be tried again", ready=ready)
+    if request.action == "reship":
+        ready = spool.reship(episode)
+        return Effect(f"{ready} is back in episodes/ and will be shipped again", ready=ready)
     if request.action == "drop":
         spool.drop_quarantined(episode)
         return Effect(f"{episode} was removed from quarantine, for good")

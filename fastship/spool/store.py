@@ -21,10 +21,11 @@ from pathlib import Path
 
 import msgspec
 
-from fastship import durable
+from fastship import durable, sealed
 from fastship.episode import MARKER, Manifest, Receipt, is_episode_id
 from fastship.errors import UsageError
 from fastship.lifecycle import Facts
+from fastship.spool.journal import Line
 from fastship.spool.layout import Layout, Lock
 from fastship.spool.outbox import Outbox
 from fastship.spool.removal import remove_tree
@@ -35,6 +36,7 @@ REASON_FILE = "quarantine_reason.json"
 _CONDEMNED_PREFIX = ".condemned-"
 _REMOVING_PREFIX = ".removing-"
 _ENTRY_NAME_BYTES = 200  # as long as an id can be
+_GAPS = 8  # an operator may have removed some of them
 _LATER = "~"  # shipped/<id>~1: no id holds one, so what follows it is ours
 
 
@@ -190,7 +192,7 @@ class Spool:
         wall = now_wall()
         journal = self.paths.receipts / f"{wall[:10]}.jsonl"
         lines = (
-            msgspec.json.encode({"retired_at": wall, "receipt": receipt, "fingerprint": manifest.fingerprint})
+            sealed.seal(msgspec.json.encode(Line(receipt=receipt, retired_at=wall, fingerprint=manifest.fingerprint)))
             for _, receipt, manifest in batch
         )
         durable.append_lines(journal, lines)
@@ -219,6 +221,34 @@ class Spool:
                     yield msgspec.json.decode(line, type=dict[str, object])
                 except msgspec.MsgspecError:
                     continue
+
+    def copies(self, episode: str) -> list[str]:
+        """The names in ``shipped/`` that are copies of an episode, the newest first."""
+        if not is_episode_id(episode):
+            return []
+        found, number = [], 0
+        while number <= _GAPS or os.path.lexists(self.paths.shipped / f"{episode}{_LATER}{number - 1}"):
+            path = self.paths.shipped / (f"{episode}{_LATER}{number}" if number else episode)
+            if path.is_dir() and not path.is_symlink():
+                found.append(path.name)
+            number += 1
+        return found[::-1]
+
+    def reship(self, name: str) -> str:
+        """Put a retired episode back into ``episodes/``, to be shipped again; returns its id. Raises `UsageError`.
+
+        One durable rename, of an episode that still has its marker: it is in the one place or in the other. Its
+        receipt stays in the journal, and is followed by another.
+        """
+        episode = name.split(_LATER)[0]
+        _check_id(episode)
+        path = self.paths.shipped / name
+        if name != Path(name).name or not path.is_dir() or path.is_symlink():
+            raise UsageError(f"{name} is not in shipped/", remedy="see what is there: ls shipped")
+        if os.path.lexists(self.paths.episodes / episode):
+            raise UsageError(f"episodes/{episode} is there already", remedy="it is shipped when its turn comes")
+        durable.move(path, self.paths.episodes / episode)
+        return episode
 
     # --- quarantine ------------------------------------------------------------------------------------------
 

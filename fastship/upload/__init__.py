@@ -8,6 +8,7 @@ the receiver made durable is not sent again.
 - `native` is the dialect of fastship's own receiver, `streaming` its way to send an artifact while it is packed; a
   further dialect is one more such module
 - `verdict` is the table of what each answer and fault means
+- `verification` asks the receiver to read again what it stored
 - `probe` measures how fast the destination takes bytes, and leaves nothing there
 - `session` carries several artifacts at once in one thread; `curl` alone talks to the network, `meter` measures it
 
@@ -23,6 +24,7 @@ from fastship.settings import DestinationSettings, UploadSettings
 from fastship.upload.course import Artifact, Growing
 from fastship.upload.probe import LinkSpeed, LinkUnknown, measure_link
 from fastship.upload.session import OnProgress, OnVerdict, Session
+from fastship.upload.verification import Reread, reread
 
 __all__ = [
     "Artifact",
@@ -31,8 +33,10 @@ __all__ = [
     "LinkUnknown",
     "OnProgress",
     "OnVerdict",
+    "Reread",
     "Session",
     "measure_link",
+    "reread",
     "ship",
 ]
 

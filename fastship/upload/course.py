@@ -56,6 +56,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     fields: tuple[tuple[str, str], ...] = ()
     body: Body | None = None
     answer_timeout_s: float  # from the last byte of the request that moved to the end of the final answer
+    alive: bool = False  # the answer takes its time and shows it: counts from the last byte of it that came
 
 
 class Answer(msgspec.Struct, frozen=True):

@@ -378,8 +378,9 @@ class _Transfer:
 
     def look(self, now: float) -> str:
         """What to say if no byte has moved for too long; ``""`` and the time of the next look if all is well."""
-        # Bytes of the answer do not count: it is short, and one that trickles would never end.
-        moved = (self.sent_bytes(), self._unacknowledged_bytes())
+        # Bytes of the answer do not count, where not asked for: it is short, and one that trickles would never end.
+        answered_bytes = self._body_bytes if self._request.alive else 0
+        moved = (self.sent_bytes() + answered_bytes, self._unacknowledged_bytes())
         if moved != self._moved or self.paused:
             self._moved = moved
             self._moved_at = now

@@ -62,7 +62,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
 # -- the frame of all commands -------------------------------------------------------------------------------
 
 COMMANDS = ["demo", "init", "run", "once", "receive", "status"]
-COMMANDS += ["quarantine", "holds", "pack", "ls", "extract", "config", "bench", "tune"]
+COMMANDS += ["quarantine", "holds", "verify", "scrub", "pack", "ls", "extract", "config", "bench", "tune"]
 
 
 def test_help_names_every_command_and_the_exit_codes(run: Run) -> None:

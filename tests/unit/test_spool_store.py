@@ -226,6 +226,25 @@ def test_a_torn_journal_line_spoils_only_itself(spool: Spool) -> None:
     assert len(list(spool.receipts())) == 3
 
 
+def test_a_retired_episode_goes_back_as_it_was(spool: Spool) -> None:
+    manifest = manifest_of("ep")
+    for content in (b"first", b"second"):
+        make_episode(spool.paths.episodes, "ep", content=content)
+        spool.retire([("ep", receipt_of(manifest), manifest)])
+    assert spool.copies("ep") == ["ep~1", "ep"]
+    assert spool.copies("../shipped/ep") == spool.copies("nobody") == []
+    before = files_below(spool.paths.shipped / "ep~1")
+    assert spool.reship("ep~1") == "ep"
+    assert files_below(spool.paths.episodes / "ep") == before
+    assert spool.copies("ep") == ["ep"]
+    assert [episode for _, episode in spool.look().ready] == ["ep"]
+    with pytest.raises(UsageError, match="is there already"):
+        spool.reship("ep")
+    for name in ("nobody", "../shipped/ep", "ep~1/..", ""):
+        with pytest.raises(UsageError):
+            spool.reship(name)
+
+
 # --- quarantine --------------------------------------------------------------------------------------------------
 
 
