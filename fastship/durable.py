@@ -11,6 +11,7 @@ Imports only ``errors``; everything above may import it. All calls block on the 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -87,15 +88,21 @@ def write_file(path: Path, data: bytes, *, sync: bool = True, mode: int = 0o644)
 def append_lines(path: Path, lines: Iterable[bytes]) -> None:
     """Append each of ``lines`` (without newline) to a journal and make all of them durable with one fsync.
 
-    A line torn by a crash is closed off first, so it spoils itself only. The directory is synced each time: that the
-    file is not new does not say that whoever made it lived to do so. Group commit: the cost is the same however
-    many lines.
+    A line torn by a crash is closed off first, so it spoils itself only; one that the disk does not take whole is cut
+    off again, so that trying it for as long as a disk is full leaves nothing behind. The directory is synced each time:
+    that the file is not new does not say that whoever made it lived to do so. Group commit: the cost is the same
+    however many lines.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     try:
         size = os.fstat(fd).st_size
         torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
-        write_all(fd, (b"\n" if torn else b"") + b"".join(line + b"\n" for line in lines))
+        try:
+            write_all(fd, (b"\n" if torn else b"") + b"".join(line + b"\n" for line in lines))
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, size)
+            raise
         os.fsync(fd)
     finally:
         os.close(fd)

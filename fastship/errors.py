@@ -107,6 +107,12 @@ class OutboxFull(PackError):
     code = "outbox-full"
 
 
+class DiskShort(PackError):
+    """Packing would eat into the space that is kept free for others, or the outbox has all that it may have."""
+
+    code = "disk-short"
+
+
 class ArtifactError(FastshipError):
     """An artifact is not what it should be: truncated, damaged, or not zstd and tar at all."""
 

@@ -34,6 +34,8 @@ class Assignment(msgspec.Struct, frozen=True, tag=True):
 
     episode: str
     first_attempt: bool
+    frames: int = 1  # about; as far as it was measured
+    floor_bytes: int = 0  # free space that packing it may not go below
 
 
 class Shares(msgspec.Struct, frozen=True, tag=True):

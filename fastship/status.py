@@ -18,6 +18,8 @@ import msgspec
 from fastship import durable
 
 STATUS_FILE = "status.json"
+PRESSURE_FILE = "pressure.json"
+_PRESSURE_BYTES = 1024  # filled up with spaces
 
 
 class PassResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,6 +85,35 @@ class HostStatus(msgspec.Struct, frozen=True, kw_only=True):
     io_pressure: float | None = None
 
 
+class DiskStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The file system of the spool."""
+
+    level: str  # "ok", "low": below the reserve, "critical": below half of it
+    free_bytes: int
+    total_bytes: int
+    reserve_bytes: int  # what packing may not eat into
+    outbox_bytes: int
+    outbox_limit_bytes: int = 0  # 0: none
+    short: bool = False  # packing waits, but for one artifact at a time
+    seconds_to_full: float | None = None  # if it goes on as it went; None: not for a year, or not known yet
+
+
+class DiskPressure(msgspec.Struct, frozen=True, kw_only=True):
+    """``state/pressure.json``, for recorders: what docs/operations.md promises of it stays."""
+
+    version: int = 1
+    updated_at: float  # seconds since the epoch; replaced every few seconds while the daemon runs
+    level: str  # "ok", "low", "critical"
+    free_bytes: int
+    total_bytes: int
+    reserve_bytes: int  # below it the level is "low"
+    critical_bytes: int  # below it "critical"
+    free_inodes: int | None  # None: the file system makes them as needed
+    waiting_bytes: int  # of artifacts in the outbox: what uploading them would free
+    waiting_episodes: int  # with a marker, and with no worker yet
+    seconds_to_full: float | None
+
+
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     started_at: float  # seconds since the epoch
@@ -97,12 +128,32 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     recent: list[EpisodeResult] = []  # the last 20, newest last
     workers: list[WorkerStatus] = []
     host: HostStatus | None = None  # None: it does not give way
+    disk: DiskStatus | None = None
 
 
 def write(state: Path, snapshot: Snapshot) -> None:
     """Replace the snapshot in ``state``; not synced, and a full disk does not stop the daemon for it."""
     with contextlib.suppress(OSError):
         durable.write_file(state / STATUS_FILE, msgspec.json.encode(snapshot), sync=False)
+
+
+def publish_pressure(state: Path, pressure: DiskPressure) -> None:
+    """Replace ``state/pressure.json``; not synced, and no fault of the disk is an error.
+
+    A disk that is full has no room for a new file, and then is when somebody reads this one: it always has the same
+    length, so that it can be written over in place. Whoever reads in that moment may find it torn, and reads again.
+    """
+    path = state / PRESSURE_FILE
+    data = msgspec.json.encode(pressure).ljust(_PRESSURE_BYTES - 1) + b"\n"
+    try:
+        durable.write_file(path, data, sync=False)
+    except OSError:
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.pwrite(fd, data, 0)
+            finally:
+                os.close(fd)
 
 
 def read(state: Path) -> Snapshot | None:

@@ -33,12 +33,13 @@ from fastship.episode import MARKER, Manifest, Outcome, Verdict, read_code_commi
 from fastship.errors import EpisodeUnfinished, EpisodeUnmovable, FastshipError, OutboxFull, PackError
 from fastship.frames import FramePool, KeptFrames
 from fastship.lifecycle.events import Answered, PackBegan, Packed, PackFailed, Returned
-from fastship.pack import Flow, LevelControl, PackOptions, fingerprint, pack
-from fastship.spool import Outbox
+from fastship.pack import Flow, LevelControl, PackOptions, fingerprint, measure, pack
+from fastship.spool import Headroom, Outbox, Ratio
 from fastship.spool.layout import Layout
 from fastship.upload import Artifact, Growing, Session
 
 BEAT_S = 0.25
+MEASURED_BYTES, MEASURED_ENTRIES = 1 << 60, 10_000  # 0.1 s: of an episode with more the first ones count
 GLANCE_MEMBERS = 128  # looked at again within 1 ms or so: a hand-over to another thread costs more
 
 log = logging.getLogger(__name__)  # not structlog: slow to load, for a worker that has nothing to say
@@ -68,13 +69,21 @@ class _ToShip(NamedTuple):
 class _Outgoing:
     """An artifact's partial as a sink: sent while it is written, once ``stream_bytes`` of it are there (0: never).
 
+    Writing raises `DiskShort` where there is no ``room``.
+
     ``begin`` is told how many bytes those are and gives back what is to be told of each further size.
     """
 
     def __init__(
-        self, file: io.FileIO, kept: KeptFrames, stream_bytes: int, begin: Callable[[int], Callable[[int], None]]
+        self,
+        file: io.FileIO,
+        room: Headroom,
+        kept: KeptFrames,
+        stream_bytes: int,
+        begin: Callable[[int], Callable[[int], None]],
     ) -> None:
         self._file = file
+        self._room = room
         self._kept = kept
         self._stream_bytes = stream_bytes
         self._begin = begin
@@ -82,6 +91,7 @@ class _Outgoing:
         self._bytes = 0
 
     def write(self, data: memoryview) -> int:
+        self._room.grow(self._bytes, data.nbytes)
         written = self._file.write(data)
         self._bytes += written
         if self._advance is not None:
@@ -115,6 +125,7 @@ class Worker:
             on_place=self._placed,
         )
         self._checks: list[threading.Thread] = []
+        self._ratio = Ratio()
         level = settings.pack.level
         self._options = PackOptions(
             level=LevelControl(settings.pack.level_min, settings.pack.level_max, self._flow)
@@ -206,7 +217,7 @@ class Worker:
     def _attempt(self, assignment: ipc.Assignment) -> _ToShip | None:
         episode = assignment.episode
         try:
-            manifest, reused = self._artifact_of(episode)
+            manifest, reused = self._artifact_of(assignment)
         except FastshipError as error:
             self._pack_failed(
                 episode, error.code, f"{error.message}; {error.remedy}" if error.remedy else error.message
@@ -241,8 +252,9 @@ class Worker:
         del self._under_way[episode]
         self._channel.send(PackFailed(episode, code, error, found))
 
-    def _artifact_of(self, episode: str) -> tuple[Manifest, bool]:
+    def _artifact_of(self, assignment: ipc.Assignment) -> tuple[Manifest, bool]:
         """The artifact of an episode as it is now: the one in the outbox (True), or packed anew (False)."""
+        episode = assignment.episode
         directory = self._layout.episodes / episode
         _require_movable(directory, self._layout.shipped)
         manifest = self._outbox.find(episode)
@@ -257,9 +269,11 @@ class Worker:
 
         self._may_pack.wait()
         try:
+            room = self._room_for(assignment)
             with self._outbox.begin(episode) as file:
                 kept = KeptFrames(file.fileno())
-                sink = _Outgoing(file, kept, self._stream_bytes, lambda size: self._begin_stream(episode, kept, size))
+                begin = lambda size: self._begin_stream(episode, kept, size)  # noqa: E731 - it is one expression
+                sink = _Outgoing(file, room, kept, self._stream_bytes, begin)
                 manifest = pack(directory, sink, self._options, self._pool, advanced, kept)
                 file.truncate()
             _require_marker(directory)
@@ -269,7 +283,26 @@ class Worker:
                 raise OutboxFull(f"{self._layout.outbox}: {error.strerror}", remedy="free some space") from None
             path = error.filename or self._layout.outbox
             raise PackError(f"{path}: {error.strerror}", remedy="see what is wrong with the outbox") from None
+        self._ratio.add(manifest.content_bytes, manifest.artifact_bytes)
         return manifest, False
+
+    def _room_for(self, assignment: ipc.Assignment) -> Headroom:
+        """What the artifact may take of the disk. Raises `DiskShort` where it would be too large, by what is known.
+
+        The episode is walked for that only where its frames, as they were counted, may not fit as they are.
+        """
+        room = Headroom(
+            self._outbox,
+            assignment.episode,
+            floor_bytes=assignment.floor_bytes,
+            outbox_limit_bytes=self._settings.disk.outbox_limit_bytes,
+        )
+        frame_bytes = self._options.frame_bytes
+        if assignment.frames > 1 or frame_bytes > room.most_bytes():
+            episode = self._layout.episodes / assignment.episode
+            size = measure(episode, MEASURED_BYTES, limit_entries=MEASURED_ENTRIES)
+            room.require(self._ratio.estimate_bytes(size.bytes))
+        return room
 
     def _begin_stream(self, episode: str, kept: KeptFrames, available_bytes: int) -> Callable[[int], None]:
         """Send what there is of the partial, and go on where an interrupted packing's upload stands.

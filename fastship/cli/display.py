@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from fastship.cli.output import format_bytes, format_rate, format_ratio, format_seconds, printable
-from fastship.status import EpisodeProgress, EpisodeResult, HostStatus, Snapshot
+from fastship.status import DiskStatus, EpisodeProgress, EpisodeResult, HostStatus, Snapshot
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -190,6 +190,20 @@ def packing_line(host: HostStatus) -> str:
         return f"all of {host.cores} cores"
     what = f"gives way, {host.budget} of {host.cores} cores" if host.budget else "paused"
     return f"{what}: {host.why}"
+
+
+def disk_line(disk: DiskStatus) -> str:
+    """``low, 1.2 GB of 40.0 GB free, 2.0 GB kept free, full in about 12 min: one artifact at a time is packed``."""
+    text = f"{disk.level}, {format_bytes(disk.free_bytes)} of {format_bytes(disk.total_bytes)} free"
+    if disk.reserve_bytes:
+        text += f", {format_bytes(disk.reserve_bytes)} kept free"
+    if disk.seconds_to_full is not None:
+        text += f", full in about {format_seconds(disk.seconds_to_full)}"
+    if disk.short:
+        full = disk.outbox_limit_bytes and disk.outbox_bytes >= disk.outbox_limit_bytes
+        why = "the outbox has all that it may have" if full else "what is packed is shipped first"
+        text += f": {why}, one artifact at a time is packed"
+    return text
 
 
 def _destination_line(snapshot: Snapshot) -> str:

@@ -12,7 +12,7 @@ import heapq
 
 import msgspec
 
-from fastship.lifecycle.events import Budget
+from fastship.lifecycle.events import Budget, Room
 from fastship.lifecycle.states import CLAIMED, TRANSITIONS, State
 
 
@@ -43,6 +43,7 @@ class Entry(msgspec.Struct, kw_only=True):
     not_before: float = 0.0
     claimed_at: float = 0.0
     error: str = ""
+    wants_room: bool = False  # the disk was too short to pack it
 
 
 class Breaker(msgspec.Struct, kw_only=True):
@@ -88,10 +89,11 @@ class Book:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.budget = Budget(policy.cores)
+        self.room = Room()
         self.entries: dict[str, Entry] = {}
         self.ready: list[tuple[str, str]] = []  # sorted (key, episode) of the READY ones
         self.waiting: set[str] = set()  # the WAITING ones
-        self.packed: set[str] = set()  # those whose artifact, made since the start, is in the outbox
+        self.packed: set[str] = set()  # those whose artifact is in the outbox, as far as is known
         self.undone: dict[str, int] = {}  # attempts of those that the disk would not let be retired or quarantined
         self.alarms: list[tuple[float, str]] = []  # a heap of (not_before, episode): theirs, and some of the past
         self.workers: dict[int, set[str]] = {}  # what each has
@@ -125,7 +127,33 @@ class Book:
         """Whether a pass is over: nothing is with a worker and nothing can be given to one."""
         if any(self.workers.values()):
             return False
-        return self.draining or not self.ready or (self.policy.once and self.breaker.paused)
+        if self.draining or not self.ready:
+            return True
+        return self.policy.once and (self.breaker.paused or self.next_ready() is None)
+
+    def next_ready(self) -> Entry | None:
+        """The ready episode whose turn it is: while packing is paused, the first that only has to be shipped."""
+        if not self.ready:
+            return None
+        first = self.entries[self.ready[0][1]]
+        paused = self.restrained and not self.budget.cores
+        if not paused and not self.room.short:
+            return first
+        packed = [self.entries[episode] for episode in self.packed]
+        ready = [entry for entry in packed if entry.state is State.READY]
+        if ready:
+            return min(ready, key=lambda entry: (entry.key, entry.episode))
+        return first if not paused and self.lends else None
+
+    @property
+    def lends(self) -> bool:
+        """Whether one artifact may be packed although the disk is short: with no other on its way it will soon be gone.
+
+        Where the destination takes nothing, the first one to be packed waits in the outbox, and there is no second.
+        """
+        if any(self.load(worker).packing for worker in self.workers):
+            return False
+        return all(self.entries[episode].state is State.HELD for episode in self.packed)
 
     def move(self, entry: Entry, state: State) -> None:
         """Change an entry's state; an illegal change is our bug."""

@@ -7,7 +7,7 @@ Imports ``episode``; the rest of ``lifecycle``, ``ipc``, the worker and the supe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 
@@ -21,6 +21,7 @@ class Found(msgspec.Struct, frozen=True):
     held: Sequence[str] = ()
     impossible: Sequence[str] = ()  # directories with a marker whose names cannot be ids
     complete: bool = True  # False: some more, nothing is said of others (a marker noticed by inotify)
+    packed: Collection[str] = ()  # ids that have an artifact in the outbox
 
 
 class Measured(msgspec.Struct, frozen=True):
@@ -110,6 +111,18 @@ class Undone(msgspec.Struct, frozen=True):
     error: str
 
 
+class Room(msgspec.Struct, frozen=True):
+    """What packing may take of the disk from now on.
+
+    ``short``: what is packed is shipped first, and nothing new is packed, but for one artifact at a time that is
+    lent some of what is left: without that, a disk full of unshipped episodes would never be emptied.
+    """
+
+    short: bool = False
+    floor_bytes: int = 0  # free space that no pack may go below
+    lent_floor_bytes: int = 0  # that the one may not go below
+
+
 class Tick(msgspec.Struct, frozen=True):
     """Time went by."""
 
@@ -129,6 +142,7 @@ Event = (
     | Gone
     | Budget
     | Undone
+    | Room
     | Tick
 )
 
@@ -141,6 +155,8 @@ class Assign(msgspec.Struct, frozen=True):
     worker: int
     episode: str
     first_attempt: bool
+    frames: int = 1  # about; as far as it was measured
+    floor_bytes: int = 0  # free space that packing it may not go below
 
 
 class Share(msgspec.Struct, frozen=True):

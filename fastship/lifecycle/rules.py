@@ -30,6 +30,7 @@ from fastship.lifecycle.events import (
     Report,
     Retire,
     Returned,
+    Room,
     Tick,
     Undone,
     WorkerJoined,
@@ -77,6 +78,8 @@ def decide(book: Book, event: Event, now: float, *, more: bool = False) -> list[
             _budget(book, event, commands)
         case Undone():
             _undone(book, event, now)
+        case Room():
+            _room(book, event, now)
         case Tick():
             pass
     if more:
@@ -108,6 +111,10 @@ def _found(book: Book, event: Found, commands: list[Command]) -> None:
     for episode in event.held:
         if episode not in book.entries:
             book.entries[episode] = Entry(episode=episode, key=episode, state=State.HELD)
+    for episode in event.packed:
+        entry = book.entries.get(episode)
+        if entry is not None and entry.state in (State.READY, State.WAITING, State.HELD):
+            book.packed.add(episode)
     book.scanned += len(book.entries) - before + len(event.impossible)
     for name in event.impossible:
         text = f"{name!r} cannot be an episode's id: letters, digits and ._- only, at most 200, a letter or digit first"
@@ -153,12 +160,17 @@ def _left(book: Book, event: WorkerLeft, commands: list[Command]) -> None:
 def _packed(book: Book, event: Packed) -> None:
     entry = book.entries[event.episode]
     entry.changes = 0
+    entry.wants_room = False
     book.packed.add(entry.episode)
     book.move(entry, State.SHIPPING)
 
 
 CHANGES_BEFORE_HOLD = 3
 """Packs dropped in a row because the episode changed under them, before it is held."""
+
+
+FOR_WANT_OF_ROOM = frozenset({"disk-short", "outbox-full"})
+"""Codes of failed packs that are tried again as soon as the disk has room."""
 
 
 def _pack_failed(book: Book, event: PackFailed, now: float, commands: list[Command]) -> None:
@@ -173,9 +185,11 @@ def _pack_failed(book: Book, event: PackFailed, now: float, commands: list[Comma
             commands.append(Hold(event.episode, "changing", None, text, "", event.fingerprint))
             book.move(entry, State.HELD)
             return
+    said, entry.wants_room = entry.wants_room, event.code in FOR_WANT_OF_ROOM
     _postpone(book, entry, event.error, now)
-    fields: dict[str, object] = {"episode": event.episode, "code": event.code, "error": event.error}
-    commands.append(Report("warning", "pack-failed", fields))
+    if not (said and entry.wants_room):  # a full disk would fill the log as well
+        fields: dict[str, object] = {"episode": event.episode, "code": event.code, "error": event.error}
+        commands.append(Report("warning", "pack-failed", fields))
 
 
 def _answered(book: Book, event: Answered, now: float, commands: list[Command]) -> None:
@@ -280,6 +294,15 @@ def _budget(book: Book, event: Budget, commands: list[Command]) -> None:
     elif cores < most and (before.cores >= most or (cores == 0) != (before.cores == 0)):
         name = "giving-way" if cores else "packing-paused"
         commands.append(Report("info", name, {"cores": cores, "of": most, "why": event.why}))
+
+
+def _room(book: Book, event: Room, now: float) -> None:
+    before, book.room = book.room, event
+    if before.short and not event.short:
+        for entry in [book.entries[episode] for episode in book.waiting]:
+            if entry.wants_room:
+                entry.not_before = now
+                book.move(entry, State.READY)
 
 
 def _postpone(book: Book, entry: Entry, error: str, now: float, at_least_s: float = 0.0) -> None:

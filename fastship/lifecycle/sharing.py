@@ -1,7 +1,8 @@
 """Who packs what with how many cores: episodes are given out in order, and the core budget is divided.
 
 What always holds: a paused destination has at most one episode trying it; an episode at which a worker died is alone
-with its worker; nothing is given out to be packed while packing gives way to others on the host.
+with its worker; nothing is given out to be packed while packing gives way to others on the host, and but for one at a
+time while the disk is short.
 
 Pure: no I/O, no clock. Imports ``book``, ``events`` and ``states``; ``rules`` calls it after every event.
 """
@@ -30,7 +31,7 @@ def give_out(book: Book, now: float, commands: list[Command]) -> None:
     while book.ready:
         if breaker.paused and (breaker.probe is not None or now < breaker.until or book.policy.once):
             return
-        entry = _next(book)
+        entry = book.next_ready()
         if entry is None:
             return
         if entry.frames is None:
@@ -45,6 +46,8 @@ def give_out(book: Book, now: float, commands: list[Command]) -> None:
         if not free:
             return
         worker = min(free, key=lambda number: (loads[number].frames, number))
+        room = book.room
+        floor_bytes = room.lent_floor_bytes if room.short and book.lends else room.floor_bytes
         book.move(entry, State.QUEUED)
         entry.worker = worker
         entry.claimed_at = now
@@ -52,16 +55,8 @@ def give_out(book: Book, now: float, commands: list[Command]) -> None:
         loads[worker].add(entry)
         if breaker.paused:
             breaker.probe = entry.episode
-        commands.append(Assign(worker, entry.episode, first_attempt=entry.attempts == 0 and entry.kills == 0))
-
-
-def _next(book: Book) -> Entry | None:
-    """The ready episode whose turn it is: while packing is paused, the first that only has to be shipped."""
-    if book.budget.cores or not book.restrained:
-        return book.entries[book.ready[0][1]]
-    packed = [book.entries[episode] for episode in book.packed]
-    ready = [entry for entry in packed if entry.state is State.READY]
-    return min(ready, key=lambda entry: (entry.key, entry.episode), default=None)
+        first_attempt = entry.attempts == 0 and entry.kills == 0
+        commands.append(Assign(worker, entry.episode, first_attempt, entry.frames, floor_bytes))
 
 
 def _has_room(book: Book, load: Load, entry: Entry | None) -> bool:

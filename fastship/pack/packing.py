@@ -152,19 +152,19 @@ def fingerprint(episode: Path, owner: Owner) -> str:
     return layout.fingerprint()
 
 
-def measure(episode: Path, limit_bytes: int) -> EpisodeSize:
-    """Sum up the directory's entries until ``limit_bytes`` is passed: cheap, for deciding, not for trusting.
+def measure(episode: Path, limit_bytes: int, *, limit_entries: int | None = None) -> EpisodeSize:
+    """Sum up the directory's entries until a limit is passed: cheap, for deciding, not for trusting.
 
     Raises `EpisodeChanged` and `EpisodeUnreadable`.
     """
     total, files = len(END_OF_ARCHIVE), 0
-    for dir_fd, name, member, status in walk(episode):
+    for number, (dir_fd, name, member, status) in enumerate(walk(episode)):
         total += BLOCK
         if status is None:
             size = _status(dir_fd, name, member).st_size
             total += size + -size % BLOCK
             files += 1
-        if total > limit_bytes:
+        if total > limit_bytes or number == limit_entries:
             return EpisodeSize(total, files, complete=False)
     return EpisodeSize(total, files, complete=True)
 

@@ -94,6 +94,12 @@ class HostSettings(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     load_limit: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
 
+class DiskSettings(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    reserve_bytes: Size = 10 << 30
+    reserve_percent: Percent = 5.0
+    outbox_limit_bytes: Size = 0
+
+
 class RetentionSettings(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     quarantine_keep_days: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     quarantine_cleanup_interval_s: Duration = 3600.0
@@ -133,6 +139,7 @@ class Settings(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     workers: WorkersSettings = WorkersSettings()
     upload: UploadSettings = UploadSettings()
     host: HostSettings = HostSettings()
+    disk: DiskSettings = DiskSettings()
     retention: RetentionSettings = RetentionSettings()
     receiver: ReceiverSettings = ReceiverSettings()
     log: LogSettings = LogSettings()

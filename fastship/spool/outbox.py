@@ -16,10 +16,12 @@ Imports ``durable``, ``episode`` and ``errors``; the worker and ``spool`` import
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
@@ -140,6 +142,40 @@ class Outbox:
         """Remove all files of an episode, the artifact first: a manifest alone means nothing. May be repeated."""
         for suffix in (ARTIFACT_SUFFIX, PARTIAL_SUFFIX, MANIFEST_SUFFIX, UPLOAD_SUFFIX):
             durable.unlink_if_present(self._path(episode, suffix))
+
+    def partial_bytes(self, episode: str) -> int:
+        """What an interrupted packing left of the artifact."""
+        try:
+            return os.stat(self._path(episode, PARTIAL_SUFFIX)).st_size
+        except OSError:
+            return 0
+
+    def size_bytes(self, *, but: str = "") -> int:
+        """Of all artifacts, whole or partial, but those of one episode. A stat for each."""
+        own = {but + ARTIFACT_SUFFIX, but + PARTIAL_SUFFIX}
+        total = 0
+        with os.scandir(self.directory) as entries:
+            for entry in entries:
+                if entry.name.endswith((ARTIFACT_SUFFIX, PARTIAL_SUFFIX)) and entry.name not in own:
+                    with contextlib.suppress(FileNotFoundError):
+                        total += entry.stat(follow_symlinks=False).st_size
+        return total
+
+    def packed(self) -> list[str]:
+        """The ids that have an artifact with its final name, as far as names tell."""
+        names = os.listdir(self.directory)
+        return [name.removesuffix(ARTIFACT_SUFFIX) for name in names if name.endswith(ARTIFACT_SUFFIX)]
+
+    def drop_partials(self, but: Collection[str]) -> list[str]:
+        """Remove what interrupted packings left, but of the episodes ``but``; returns whose. Each is packed anew."""
+        dropped = []
+        for name in os.listdir(self.directory):
+            episode = name.removesuffix(PARTIAL_SUFFIX)
+            if name.endswith(PARTIAL_SUFFIX) and episode not in but:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._path(episode, PARTIAL_SUFFIX))
+                    dropped.append(episode)
+        return dropped
 
     def episodes(self) -> set[str]:
         """The ids that have any file here."""

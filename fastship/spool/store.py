@@ -11,6 +11,7 @@ shipper import it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -185,17 +186,28 @@ class Spool:
         answered 200. Before 4: the artifact has no episode any more and the sweep removes it. An episode of the
         same id that was retired before is not touched: the newer one stands beside it as ``<id>~1``.
         Returns those that could not be moved, with the reason; they stay as they are.
+
+        A full disk has no room for a receipt, and for as long as none is written nothing leaves the outbox. So the
+        artifacts go first then: each is proven to be at the receiver, and can be packed again. The episodes stay until
+        their receipts are durable. Raises ``OSError`` where those cannot be written for all that.
         """
         batch = list(retirements)
         if not batch:
             return {}
         wall = now_wall()
         journal = self.paths.receipts / f"{wall[:10]}.jsonl"
-        lines = (
+        lines = [
             sealed.seal(msgspec.json.encode(Line(receipt=receipt, retired_at=wall, fingerprint=manifest.fingerprint)))
             for _, receipt, manifest in batch
-        )
-        durable.append_lines(journal, lines)
+        ]
+        try:
+            durable.append_lines(journal, lines)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            for episode, _, _ in batch:
+                self.outbox.remove(episode)
+            durable.append_lines(journal, lines)
         failed: dict[str, OSError] = {}
         episodes, shipped = os.path.join(self.paths.episodes, ""), os.path.join(self.paths.shipped, "")
         for episode, _, _ in batch:

@@ -28,6 +28,7 @@ from fastship.settings import Settings
 from fastship.spool import HoldRecord, Spool, remedy_for
 from fastship.spool.store import now_wall
 from fastship.supervisor.crew import Crew, Hand
+from fastship.supervisor.disk import DiskWatch
 from fastship.supervisor.host import Courtesy, most_threads, thread_count
 from fastship.supervisor.patrol import Patrol
 from fastship.supervisor.signals import Signals
@@ -70,6 +71,7 @@ class Supervisor:
         self._signals = Signals()
         self._tally = Tally(settings.destination.url, once=once)
         self._courtesy = Courtesy(settings)
+        self._disk = DiskWatch(settings, self._spool, self._book)
         self._drain_until: float | None = None
         self._deciding = False
         self._stopping = False
@@ -105,6 +107,7 @@ class Supervisor:
             self._patrol.repair()
             if not self._once:
                 self._patrol.watch()
+            self._look_at_disk()  # before anything is given out
             self._patrol.look()
         except OSError as error:
             raise SpoolError(f"{error.filename}: {error.strerror}", remedy="check who owns the spool's files") from None
@@ -129,6 +132,7 @@ class Supervisor:
             self._patrol.turn(self._heartbeat)
 
     def _decide_by_time(self) -> None:
+        self._look_at_disk()
         self._feed(self._give_way() or ev.Tick())
 
     def _retire(self) -> None:
@@ -145,6 +149,11 @@ class Supervisor:
     def _give_way(self) -> ev.Budget | None:
         """The cores for packing, where others want more or fewer of them now. In a single pass nothing waits."""
         return None if self._once else self._courtesy.turn(hand.pid for hand in self._crew.hands.values())
+
+    def _look_at_disk(self) -> None:
+        room = self._disk.turn()
+        if room is not None:
+            self._feed(room)
 
     def _hire(self) -> None:
         count = worker_count(self._settings)
@@ -269,7 +278,7 @@ class Supervisor:
             case ev.Measure():
                 self._events.append(ev.Measured(command.episode, self._frames_of(command.episode)))
             case ev.Assign():
-                self._crew.send(command.worker, ipc.Assignment(command.episode, command.first_attempt))
+                self._crew.send(command.worker, _assignment(command))
             case ev.Share():
                 self._crew.send(command.worker, ipc.Shares(threads=command.threads))
             case ev.Retire():
@@ -390,6 +399,7 @@ class Supervisor:
             self._settings = new
             self._book.begin_afresh(policy)
             self._courtesy = Courtesy(new)
+            self._disk = DiskWatch(new, self._spool, self._book)
             self._tally.url = new.destination.url
             self._spool.order = new.spool.order
             self._patrol.settings = self._crew.settings = new
@@ -416,6 +426,7 @@ class Supervisor:
             recording=self._patrol.recording,
             draining=self._drain_until is not None,
             host=None if self._once else self._courtesy.status(),
+            disk=self._disk.status,
         )
         if written and not final and not self._lock.is_ours():
             raise SpoolBusy(
@@ -428,6 +439,10 @@ class Supervisor:
         if observed and self._observer is not None:
             self._next_observe = now + OBSERVE_S
             self._observer(snapshot)
+
+
+def _assignment(command: ev.Assign) -> ipc.Assignment:
+    return ipc.Assignment(command.episode, command.first_attempt, command.frames, command.floor_bytes)
 
 
 def _remediation_in(command: ev.Quarantine) -> dict[str, str]:

@@ -157,7 +157,7 @@ class Patrol:
                 log.warning("inotify-full", unfinished=len(look.recording), remedy=remedy)
         self.recording = len(look.recording)
         self._tell_what_is_not_shipped(look)
-        self._feed(Found(look.ready, look.held, look.impossible))
+        self._feed(Found(look.ready, look.held, look.impossible, packed=tuple(self._spool.outbox.packed())))
         self._look_at_holds(look.held)
         cost_s = time.monotonic() - began
         self._next_look = time.monotonic() + max(self.settings.spool.scan_interval_s, cost_s / LOOK_SHARE)

@@ -105,6 +105,7 @@ class Tally:
         recording: int,
         draining: bool,
         host: status.HostStatus | None = None,
+        disk: status.DiskStatus | None = None,
     ) -> status.Snapshot:
         """Everything, now."""
         present = list(hands)
@@ -117,6 +118,7 @@ class Tally:
             updated_at=time.time(),
             draining=draining,
             host=host,
+            disk=disk,
             ready=len(book.ready) + len(book.waiting),
             recording=recording,
             held=book.count(State.HELD),

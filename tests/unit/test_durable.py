@@ -84,6 +84,28 @@ def test_append_lines_closes_a_torn_line_off(tmp_path: Path) -> None:
     assert path.read_bytes() == b"one\ntwo\ntorn\nthree\nfour\n"
 
 
+def test_a_line_that_the_disk_does_not_take_whole_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "journal"
+    durable.append_lines(path, [b"one"])
+    write = os.write
+
+    def half(fd: int, data: bytes | memoryview) -> int:
+        if len(data) <= 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, data[: len(data) // 2])
+
+    monkeypatch.setattr(os, "write", half)
+    for _ in range(3):
+        with pytest.raises(OSError, match="No space"):
+            durable.append_lines(path, [b"a line of some length"])
+    assert path.read_bytes() == b"one\n"
+    monkeypatch.undo()
+    durable.append_lines(path, [b"two"])
+    assert path.read_bytes() == b"one\ntwo\n"
+
+
 def test_move_refuses_any_target_and_says_which(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "source").mkdir()

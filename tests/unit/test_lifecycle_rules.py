@@ -605,6 +605,52 @@ def test_a_worker_gets_no_more_threads_than_its_memory_allows() -> None:
     assert share_cores(16, {1: 1000, 2: 1000}, 3) == {1: 3, 2: 3}
 
 
+SHORT = ev.Room(short=True, floor_bytes=1000, lent_floor_bytes=75)
+
+
+def test_a_disk_that_is_short_has_artifacts_shipped_first_and_one_packed_at_a_time() -> None:
+    desk = Desk()
+    desk.tell(SHORT, ev.WorkerJoined(1), ev.WorkerJoined(2))
+    names = ["a", "b", "c", "d"]
+    found = desk.tell(ev.Found([(one, one) for one in names], packed=("c", "b", "no episode")))
+    assert assigned(found) == [(1, "b"), (2, "c")]
+    assert [one.floor_bytes for one in found if isinstance(one, ev.Assign)] == [1000, 1000]
+    assert kinds(desk.ship("b", shipped(manifest_of("b"))), ev.Assign) == []
+    (lent,) = kinds(desk.ship("c", shipped(manifest_of("c"))), ev.Assign)
+    assert isinstance(lent, ev.Assign)
+    assert (lent.episode, lent.floor_bytes) == ("a", 75)
+    desk.tell(ev.PackBegan("a"), ev.Packed("a", manifest_of("a"), False))
+    assert desk.state("d") is State.READY  # while a is in the outbox, and for as long as the destination is away
+    assert assigned(desk.tell(ev.Answered("a", FAULT, manifest_of("a")))) == []
+
+
+def test_room_again_and_all_goes_on_with_what_had_none_first_to_try_again() -> None:
+    desk = Desk()
+    desk.tell(SHORT, ev.WorkerJoined(1))
+    desk.find("a", "b")
+    desk.tell(ev.PackBegan("a"), ev.PackFailed("a", "disk-short", "no room"))
+    desk.tell(ev.PackBegan("b"), ev.PackFailed("b", "episode-unreadable", "no permission"))
+    assert (desk.state("a"), desk.state("b")) == (State.WAITING, State.WAITING)
+    assert assigned(desk.tell(ev.Room(floor_bytes=1000))) == [(1, "a")]
+    assert desk.state("b") is State.WAITING
+
+
+def test_what_is_held_does_not_keep_others_from_being_lent_room() -> None:
+    desk = Desk()
+    desk.tell(SHORT, ev.WorkerJoined(1))
+    found = desk.tell(ev.Found([("a", "a")], held=["h"], packed=("h",)))
+    assert assigned(found) == [(1, "a")]
+
+
+def test_a_single_pass_ends_where_the_disk_is_short_and_nothing_leaves_it() -> None:
+    desk = Desk(once=True)
+    desk.tell(SHORT, ev.WorkerJoined(1))
+    desk.find("a", "b")
+    desk.ship("a", NETWORK)
+    assert desk.state("b") is State.READY
+    assert desk.book.idle()
+
+
 # --- a simulated world -------------------------------------------------------------------------------------------
 
 ANSWERS = [FAULT, NETWORK, CONFLICT, REJECTED, DAMAGED, RETRY_AFTER, "shipped", "shipped", "changed"]
@@ -680,6 +726,9 @@ class World(RuleBasedStateMachine):
         assert command.worker not in self.draining
         if self.book.restrained and not self.book.budget.cores:
             assert command.episode in self.book.packed
+        if self.book.room.short and command.episode not in self.book.packed:
+            assert self.book.load(command.worker).packing == 1
+            assert sum(self.book.load(worker).packing for worker in self.book.workers) == 1
         if self.book.breaker.paused:
             assert self.now >= self.book.breaker.until
             assert self.book.breaker.probe == command.episode
@@ -744,6 +793,10 @@ class World(RuleBasedStateMachine):
     @rule(cores=st.integers(0, 4))
     def give_way(self, cores: int) -> None:
         self.tell(ev.Budget(min(cores, self.book.policy.cores), "others want it"))
+
+    @rule(short=st.booleans())
+    def disk_short(self, short: bool) -> None:
+        self.tell(ev.Room(short=short, floor_bytes=1000))
 
     # What workers can do: each step is said, and heard later.
 
@@ -867,7 +920,7 @@ class World(RuleBasedStateMachine):
             assert wake <= min(waits)
 
     def teardown(self) -> None:
-        """Liveness: once the world behaves, everything comes to an end in bounded steps."""
+        """Liveness: once the world behaves, everything comes to an end in bounded steps, on a short disk as well."""
         if not hasattr(self, "book"):
             return
         if not self.told or set(self.told) == self.draining:

@@ -199,6 +199,31 @@ def test_a_file_in_the_way_in_shipped_is_not_touched(spool: Spool) -> None:
     assert (spool.paths.shipped / "ep~2" / MARKER).exists()
 
 
+@pytest.mark.parametrize("stays_full", [False, True])
+def test_on_a_full_disk_artifacts_make_room_for_their_receipts(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch, stays_full: bool
+) -> None:
+    make_episode(spool.paths.episodes, "ep")
+    manifest = put_artifact(spool, "ep")
+    append = durable.append_lines
+
+    def full(path: Path, lines: list[bytes]) -> None:
+        if stays_full or os.listdir(spool.paths.outbox):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(path, lines)
+
+    monkeypatch.setattr(durable, "append_lines", full)
+    if stays_full:
+        with pytest.raises(OSError, match="No space"):
+            spool.retire([("ep", receipt_of(manifest), manifest)])
+        assert os.listdir(spool.paths.episodes) == ["ep"]
+        assert os.listdir(spool.paths.shipped) == []
+    else:
+        assert spool.retire([("ep", receipt_of(manifest), manifest)]) == {}
+        assert os.listdir(spool.paths.shipped) == ["ep"]
+        assert len(list(spool.receipts())) == 1
+
+
 def test_what_cannot_be_moved_is_told_and_does_not_keep_the_others(spool: Spool) -> None:
     make_episode(spool.paths.episodes, "here")
     manifests = [put_artifact(spool, name) for name in ("vanished", "here")]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from sample import hold_record, make_episode
+from sample import hold_record, make_episode, put_artifact
 from structlog.testing import capture_logs
 
 from fastship.lifecycle import Book, State, decide
@@ -77,6 +77,13 @@ def test_a_look_settles_first_and_tells_all(beat: Beat) -> None:
     assert beat.settled == 1
     assert beat.told == [Found([("ready", "ready")], [], ["no id"])]
     assert beat.patrol.recording == 1
+
+
+def test_a_look_tells_what_an_earlier_run_packed(beat: Beat) -> None:
+    make_episode(beat.spool.paths.episodes, "ready")
+    put_artifact(beat.spool, "ready")
+    beat.patrol.look()
+    assert beat.book.packed == {"ready"}
 
 
 def test_a_marker_is_noticed_without_a_look(beat: Beat) -> None:
