@@ -1,7 +1,7 @@
 """What the supervisor does on the disk without being asked by a worker: look, notice, sweep, clean up, serve operators.
 
-What always holds: the regular look is the truth and inotify a hint; a look never costs more than `LOOK_SHARE` of a
-core over time, however many episodes there are; nothing is decided here but by `lifecycle.infer`: findings go to
+What always holds: the regular look is the truth and inotify a hint; looks never cost more than `LOOK_SHARE` of a core
+over time, however many episodes there are; nothing is decided here but by `lifecycle.infer`: findings go to
 the book as events.
 
 Imports ``spool``, ``pack`` (fingerprints), ``lifecycle``, ``settings``; the supervisor's loop imports it.
@@ -34,6 +34,7 @@ log = logs.Logger(__name__)
 
 NOTICE_S = 0.02  # markers are gathered for so long: a recorder that makes many files wakes us 50 times a second at most
 LOOK_SHARE = 0.005  # of one core
+LOOKING_SHARE = 0.1  # of the time, where a look waits for a slow disk, or the process was stopped in the middle of one
 SLOWER = "until then markers are seen every spool.scan_interval_s only"
 TOLD_AT_ONCE = 10  # lines of the log
 LINK_REMEDY = "links are not followed: move the directory itself into episodes/"
@@ -145,7 +146,7 @@ class Patrol:
 
     def look(self) -> None:
         """The truth: one look through ``episodes/``."""
-        began = time.monotonic()
+        began, began_cpu = time.monotonic(), time.thread_time()
         self._settle()
         look = self._spool.look()
         if self._watch is not None:
@@ -159,8 +160,9 @@ class Patrol:
         self._tell_what_is_not_shipped(look)
         self._feed(Found(look.ready, look.held, look.impossible, packed=tuple(self._spool.outbox.packed())))
         self._look_at_holds(look.held)
-        cost_s = time.monotonic() - began
-        self._next_look = time.monotonic() + max(self.settings.spool.scan_interval_s, cost_s / LOOK_SHARE)
+        now, cost_s = time.monotonic(), time.thread_time() - began_cpu
+        spacing_s = max(cost_s / LOOK_SHARE, (now - began) / LOOKING_SHARE)
+        self._next_look = now + max(self.settings.spool.scan_interval_s, spacing_s)
 
     def _tell_what_is_not_shipped(self, look: Look) -> None:
         """Once each: links in the place of an episode, and episodes whose marker this user could not even see."""

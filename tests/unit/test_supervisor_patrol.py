@@ -17,7 +17,7 @@ from fastship.lifecycle import Book, State, decide
 from fastship.lifecycle.events import Event, Found, Gone, Released
 from fastship.pack import fingerprint
 from fastship.settings import Settings
-from fastship.spool import HoldRecord, Spool, requests
+from fastship.spool import HoldRecord, Look, Spool, requests
 from fastship.supervisor import patrol as patrol_module
 from fastship.supervisor.loop import policy_of
 from fastship.supervisor.patrol import Patrol
@@ -84,6 +84,29 @@ def test_a_look_tells_what_an_earlier_run_packed(beat: Beat) -> None:
     put_artifact(beat.spool, "ready")
     beat.patrol.look()
     assert beat.book.packed == {"ready"}
+
+
+@pytest.mark.parametrize(
+    ("cpu_s", "wall_s", "spacing_s"), [(0.001, 0.002, 1.0), (0.05, 0.05, 10.0), (0.001, 5.0, 50.0)]
+)
+def test_looks_are_spaced_by_what_they_cost_and_less_by_what_they_wait(
+    beat: Beat, monkeypatch: pytest.MonkeyPatch, cpu_s: float, wall_s: float, spacing_s: float
+) -> None:
+    clock = {"monotonic": 100.0, "thread_time": 1.0}
+    real = beat.spool.look
+
+    def look() -> Look:
+        clock["monotonic"] += wall_s
+        clock["thread_time"] += cpu_s
+        return real()
+
+    monkeypatch.setattr(beat.spool, "look", look)
+    monkeypatch.setattr(time, "monotonic", lambda: clock["monotonic"])
+    monkeypatch.setattr(time, "thread_time", lambda: clock["thread_time"])
+    beat.patrol.look()
+    due = beat.patrol._next_look
+    monkeypatch.undo()
+    assert due == pytest.approx(100.0 + wall_s + spacing_s)
 
 
 def test_a_marker_is_noticed_without_a_look(beat: Beat) -> None:
