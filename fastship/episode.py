@@ -9,6 +9,7 @@ Imports only ``errors``; everything above may import it.
 from __future__ import annotations
 
 import enum
+import errno
 import os
 import re
 from pathlib import Path
@@ -23,6 +24,7 @@ ARTIFACT_SUFFIX = ".tar.zst"
 
 _EPISODE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _COMMIT = re.compile(r"[0-9a-fA-F]{40}")
+_NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO}  # nor a FIFO or a device that waits
 _META_LIMIT_BYTES = 1 << 20  # a meta.json is some kB; nothing of 1 MiB is one
 
 
@@ -34,14 +36,19 @@ def is_episode_id(name: str) -> bool:
 def read_code_commit(episode: Path) -> str | None:
     """The recorder's commit from ``meta.json``'s ``code_version.commit``: 40 lower-case hex digits, or None.
 
-    Missing, unreadable or malformed gives None and never raises: the receiver decides what that means.
+    Missing or malformed gives None: the receiver decides what that means. Raises ``OSError`` where it is there and
+    cannot be read now (no descriptor, a fault of the disk): sent without its commit, the episode would be refused.
     """
     try:
         # Not to wait for a writer where somebody made it a FIFO.
         with open(episode / "meta.json", "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
             raw = file.read(_META_LIMIT_BYTES + 1)
         commit: Any = msgspec.json.decode(raw)["code_version"]["commit"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, msgspec.MsgspecError):
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            return None
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError, msgspec.MsgspecError):
         return None
     if isinstance(commit, str) and _COMMIT.fullmatch(commit):
         return commit.lower()

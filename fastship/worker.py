@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastship import ipc, logs
-from fastship.episode import MARKER, Manifest, Outcome, Verdict, read_code_commit
+from fastship.episode import MARKER, Manifest, Outcome, Verdict
 from fastship.errors import EpisodeUnfinished, EpisodeUnmovable, FastshipError, OutboxFull, PackError
 from fastship.frames import FramePool, KeptFrames
 from fastship.lifecycle.events import Answered, PackBegan, Packed, PackFailed, Returned
-from fastship.pack import Flow, LevelControl, PackOptions, fingerprint, measure, pack
+from fastship.pack import Flow, LevelControl, PackOptions, code_commit, fingerprint, measure, pack
 from fastship.spool import Headroom, Outbox, Ratio
 from fastship.spool.layout import Layout
 from fastship.upload import Artifact, Growing, Session
@@ -313,7 +313,7 @@ class Worker:
         url = self._outbox.find_upload(episode, destination) if kept.taken_all else ""
         if not url:
             self._outbox.note_upload(episode, "", destination)
-        commit = read_code_commit(self._layout.episodes / episode)
+        commit = code_commit(self._layout.episodes / episode)
         growing = Growing(episode, self._outbox.partial(episode), commit)
         return self._session.stream(growing, available_bytes, url=url)
 
@@ -323,7 +323,10 @@ class Worker:
     # --- the session's thread --------------------------------------------------------------------------------
 
     def _placed(self, episode: str, url: str) -> None:
-        self._outbox.note_upload(episode, url, self._settings.destination.url)
+        try:
+            self._outbox.note_upload(episode, url, self._settings.destination.url)
+        except OSError as error:  # after a crash it is sent from the start, nothing worse
+            log.warning("which upload has some of %s cannot be written down: %s", episode, error)
 
     def _shipped_bytes(self, episode: str, done_bytes: int, total_bytes: int) -> None:
         progress = self._under_way[episode]

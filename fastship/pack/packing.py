@@ -73,7 +73,7 @@ def pack(
     Raises `EpisodeChanged`, `EpisodeUnreadable`, `OutboxFull`, `PackError`; then the sink holds a useless beginning.
     """
     wall, cpu = time.monotonic(), time.process_time()
-    code_commit = read_code_commit(episode)
+    commit = code_commit(episode)
     artifact = _DigestingSink(sink)
     writer = ArtifactWriter(pool, artifact.write, level=options.level, frame_bytes=options.frame_bytes, kept=kept)
     with writer:
@@ -90,7 +90,7 @@ def pack(
         frame_bytes=options.frame_bytes,
         levels=writer.levels,
         fingerprint=stream.layout.fingerprint(),
-        code_commit=code_commit,
+        code_commit=commit,
         skipped=tuple(stream.layout.skipped[:SKIPPED_NAMED]),
         boot_id=durable.boot_id(),
         seconds=time.monotonic() - wall,
@@ -134,6 +134,14 @@ class _Unpacked:
 
     def finish(self, used: int) -> None:
         pass
+
+
+def code_commit(episode: Path) -> str | None:
+    """`read_code_commit`, which raises `EpisodeUnreadable`."""
+    try:
+        return read_code_commit(episode)
+    except OSError as error:
+        raise read_fault(error, b"meta.json") from None
 
 
 def fingerprint(episode: Path, owner: Owner) -> str:

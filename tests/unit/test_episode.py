@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from sample import manifest_of, receipt_of, shipped
 
 from fastship.episode import Manifest, Receipt, Verdict, is_episode_id, read_code_commit
+from fastship.errors import EpisodeUnreadable
+from fastship.pack import code_commit
 
 COMMIT = "0123456789abcdef0123456789ABCDEF01234567"
 
@@ -71,6 +74,21 @@ def test_a_missing_or_strange_meta_is_none(tmp_path: Path) -> None:
     (tmp_path / "meta.json").rmdir()
     os.mkfifo(tmp_path / "meta.json")  # nobody writes: it must not wait
     assert read_code_commit(tmp_path) is None
+
+
+def test_a_meta_that_cannot_be_read_now_is_no_missing_one(tmp_path: Path) -> None:
+    """Without its commit the episode would be sent, refused and quarantined for what is the host's trouble."""
+    (tmp_path / "meta.json").write_bytes(msgspec.json.encode({"code_version": {"commit": COMMIT}}))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            read_code_commit(tmp_path)
+        with pytest.raises(EpisodeUnreadable, match=r"meta\.json"):
+            code_commit(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert read_code_commit(tmp_path) == code_commit(tmp_path) == COMMIT.lower()
 
 
 @given(st.binary(max_size=200))
