@@ -10,6 +10,7 @@ Imports ``lifecycle`` and ``settings``; the supervisor and the worker import it.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import threading
@@ -137,12 +138,16 @@ class WorkerEnd:
         self._received: deque[ToWorker] = deque()
 
     def send(self, *messages: FromWorker) -> None:
-        """One packet: the supervisor hears all of them at once. Raises `Closed` when it is gone."""
+        """One packet: the supervisor hears all of them at once. Raises `Closed` when it is gone, or cannot be told."""
         packet = msgspec.msgpack.encode(messages)
         try:
             with self._lock:
                 self._sock.send(packet)
         except OSError:
+            # It would wait for ever for what it was not told (the kernel had no memory, say). So the channel ends, for
+            # both sides and for the thread that receives: the worker's episodes go to another one.
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
             raise Closed from None
 
     def receive(self, timeout_s: float) -> ToWorker | None:

@@ -194,3 +194,16 @@ def test_the_workers_socket_is_not_inherited_by_chance(channel: Ends) -> None:
     ours, _, sock = channel
     assert not os.get_inheritable(ours.fileno())
     assert not sock.get_inheritable()
+
+
+def test_a_worker_that_cannot_tell_ends_the_channel(channel: Ends) -> None:
+    """Its supervisor would wait for ever for what it was not told."""
+    ours, theirs, _ = channel
+    theirs.send(ipc.Ready())
+    with pytest.raises(ipc.Closed):
+        theirs.send(ipc.Beat([ipc.UnderWay("ep" * 2_000_000, True, 1, 2, 0.5)] * 2))  # the kernel takes no such packet
+    with pytest.raises(ipc.Closed):
+        theirs.receive(timeout_s=60.0)
+    assert ours.receive() == ipc.Ready()
+    with pytest.raises(ipc.Closed):
+        ours.receive()
