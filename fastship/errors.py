@@ -62,6 +62,13 @@ class SpoolBusy(FastshipError):
     retryable = True
 
 
+class OutputError(FastshipError):
+    """Standard output does not take what is written to it; what the command was to do is done."""
+
+    code = "output"
+    exit_code = EXIT_INTERNAL
+
+
 class WorkerCannotStart(FastshipError):
     """A worker process ended before it said it was ready: starting more of them would not help."""
 

@@ -2,8 +2,8 @@
 
 What always holds: nothing is logged to standard output; a traceback in a log shows no local variables, which may
 hold a token; a line is written whole, also while a live display owns the terminal (rich swaps ``sys.stderr``
-meanwhile, so it is looked up at each line); structlog, which takes 0.1 s to load, is not loaded before there is
-something to say, for a pass in which all goes well says nothing.
+meanwhile, so it is looked up at each line); nobody is stopped by a line that cannot be written; structlog, which takes
+0.1 s to load, is not loaded before there is something to say, for a pass in which all goes well says nothing.
 
 Imports ``settings``; whoever starts a process of fastship (``cli``, the worker's and the receiver's start) calls
 `configure` once; everyone else uses `Logger`, or ``logging`` where structured fields are not needed.
@@ -11,6 +11,7 @@ Imports ``settings``; whoever starts a process of fastship (``cli``, the worker'
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
@@ -61,13 +62,17 @@ class Logger:
 
 
 class _CurrentStderr:
-    """A file that is whatever ``sys.stderr`` is when a line is written."""
+    """A file that is whatever ``sys.stderr`` is when a line is written. Never raises ``OSError``: what was to be done
+    about what is logged comes after the line, and a full disk under the log must not keep it from being done."""
 
     def write(self, text: str) -> int:
-        return sys.stderr.write(text)
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
 
 
 class _FirstWords(logging.Handler):

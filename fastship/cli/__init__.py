@@ -23,8 +23,8 @@ import click
 from fastship import __version__
 from fastship.cli import artifacts, custody, demonstration, measuring, service, setup, triage
 from fastship.cli.options import Invocation
-from fastship.cli.output import printable_lines
-from fastship.errors import EXIT_INTERNAL, EXIT_OK, EXIT_USAGE, FastshipError
+from fastship.cli.output import output_error, printable_lines
+from fastship.errors import EXIT_INTERNAL, EXIT_OK, EXIT_USAGE, FastshipError, OutputError
 
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 _EXIT_PIPE_CLOSED = 141  # 128 + SIGPIPE
@@ -90,8 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         code = _EXIT_PIPE_CLOSED
     except (OSError, ValueError) as error:
-        _tell(f"standard output cannot be written: {getattr(error, 'strerror', '') or error}")
-        code = code or EXIT_INTERNAL
+        told = output_error(error)
+        _tell(told.message, told.remedy)
+        code = code or told.exit_code
         _silence_stdout()
     if code == _EXIT_PIPE_CLOSED:
         _silence_stdout()
@@ -134,6 +135,8 @@ def _run(arguments: Sequence[str] | None, invocation: Invocation) -> int:
         _tell(error.message, error.remedy)
         if invocation.debug:
             traceback.print_exc()
+        if isinstance(error, OutputError):
+            _silence_stdout()  # it is said: what is buffered would say it again
         return error.exit_code
     except Exception as error:
         _tell_unexpected(error, invocation)

@@ -4,20 +4,23 @@ What always holds: text that came from elsewhere (names on disk, a receiver's an
 colour the terminal, because control characters are shown as escapes; JSON is pure ASCII and one document; on a
 pipe nothing is cut to a width.
 
-Imports nothing of fastship; only ``cli`` imports it. rich is loaded only when a table goes to a terminal.
+Imports ``errors``; only ``cli`` imports it. rich is loaded only when a table goes to a terminal.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
+
+from fastship.errors import OutputError
 
 
 def format_bytes(size: float) -> str:
@@ -83,14 +86,34 @@ def printable_lines(text: str) -> str:
 
 def write_json(value: Any) -> None:
     """One JSON document of msgspec structs and plain values on standard output."""
-    json.dump(msgspec.to_builtins(value), sys.stdout, indent=2)
-    sys.stdout.write("\n")
+    with _written():
+        json.dump(msgspec.to_builtins(value), sys.stdout, indent=2)
+        sys.stdout.write("\n")
 
 
 def write_line(text: str = "") -> None:
     """One line on standard output; what the terminal's encoding cannot show becomes an escape."""
     encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    with _written():
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+
+
+@contextlib.contextmanager
+def _written() -> Iterator[None]:
+    """What the disk or the terminal says is about standard output: raises `OutputError`, but for a pipe's end."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise output_error(error) from None
+
+
+def output_error(error: OSError | ValueError) -> OutputError:
+    """What it means that standard output cannot be written."""
+    why = getattr(error, "strerror", "") or error
+    remedy = "what was asked for is done, but its result is not told; free space where that goes"
+    return OutputError(f"standard output cannot be written: {why}", remedy=remedy)
 
 
 def write_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, right: frozenset[int] = frozenset()) -> None:

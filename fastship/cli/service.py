@@ -8,6 +8,7 @@ Imports ``shipper``, ``receiver``, ``spool`` when a command runs, and ``status``
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -30,7 +31,7 @@ from fastship.cli.output import (
     write_line,
     write_table,
 )
-from fastship.errors import EXIT_NOT_SHIPPED, EXIT_OK, UsageError
+from fastship.errors import EXIT_NOT_SHIPPED, EXIT_OK, OutputError, UsageError
 
 if TYPE_CHECKING:
     from fastship.settings import LoadedSettings, Settings
@@ -122,8 +123,11 @@ def receive(invocation: Invocation, source: SettingsSource, **flags: str | int |
     from fastship.receiver import serve
 
     def announce(url: str) -> None:
-        write_line(url)
-        sys.stdout.flush()
+        try:
+            write_line(url)
+            sys.stdout.flush()
+        except (OSError, OutputError) as error:  # whoever started us may not learn the port: clients are served
+            logging.getLogger(__name__).error("%s cannot be printed, it is served: %s", url, error)
 
     return serve(settings.receiver, announce=announce)
 

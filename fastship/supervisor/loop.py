@@ -438,7 +438,8 @@ class Supervisor:
             status.write(self._spool.paths.state, snapshot)
         if observed and self._observer is not None:
             self._next_observe = now + OBSERVE_S
-            self._observer(snapshot)
+            with contextlib.suppress(OSError):  # shown on what is full, or gone: the work goes on
+                self._observer(snapshot)
 
 
 def _assignment(command: ev.Assign) -> ipc.Assignment:

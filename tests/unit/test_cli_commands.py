@@ -212,13 +212,18 @@ def test_closed_streams_spoil_nothing(episode: Path, tmp_path: Path, closing: st
     assert subprocess.run(["zstd", "-tq", tmp_path / "x"]).returncode == 0
 
 
-def test_a_full_disk_under_standard_output_is_told() -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["at the end", "at each line"])
+@pytest.mark.parametrize("arguments", [["config", "show"], ["config", "show", "--json"]])
+def test_a_full_disk_under_standard_output_is_told(unbuffered: str, arguments: list[str]) -> None:
     with open("/dev/full", "wb") as full:
-        command = [sys.executable, "-m", "fastship", "config", "show"]
-        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60)
+        command = [sys.executable, "-m", "fastship", *arguments]
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60, env=environment)
     assert ran.returncode == 70
-    assert b"No space left" in ran.stderr
-    assert b"Traceback" not in ran.stderr
+    assert ran.stderr.startswith(
+        b"fastship: error: standard output cannot be written: No space left on device\n  try: "
+    )
+    assert ran.stderr.count(b"\n") == 2
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["status"], ["config", "show"], ["holds", "list"]])

@@ -109,3 +109,15 @@ def test_text_is_harmless_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> N
     assert err.count("\\x9b31m\\u202ec\\udce9") == 4
     assert err.count("Traceback") == 2
     assert "count=3" in err
+
+
+def test_a_full_disk_under_the_log_stops_nobody() -> None:
+    code = (
+        "import logging\nfrom fastship import logs\nfrom fastship.settings import LogSettings\n"
+        "logs.configure(LogSettings(level='info'))\n"
+        "logs.Logger('fastship.test').error('held')\nlogging.getLogger('fastship.receiver').error('by logging')\n"
+        "print('and did it')"
+    )
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=full, text=True)
+    assert done.stdout == "and did it\n"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 import pytest
 
 from fastship.lifecycle.events import Quarantine
 from fastship.settings import Settings
+from fastship.status import Snapshot
 from fastship.supervisor.host import thread_count
-from fastship.supervisor.loop import _remediation_in, policy_of, worker_count
+from fastship.supervisor.loop import Supervisor, _remediation_in, policy_of, worker_count
 
 
 def test_the_remediation_of_a_412_is_read_out() -> None:
@@ -32,3 +36,15 @@ def test_workers_follow_threads_and_threads_follow_cores() -> None:
     assert worker_count(settings) == 1
     assert thread_count(Settings()) >= 1
     assert policy_of(settings, once=True).cores == 3
+
+
+def test_an_observer_whose_terminal_has_gone_stops_nothing(tmp_path: Path) -> None:
+    looked = []
+
+    def observer(snapshot: Snapshot) -> None:
+        looked.append(snapshot)
+        raise OSError(errno.EIO, "hung up")
+
+    settings = Settings.load(values={"spool": {"root": str(tmp_path)}, "destination": {"url": "http://127.0.0.1:9"}})
+    assert Supervisor(settings, once=True, observer=observer).run().scanned == 0
+    assert looked
