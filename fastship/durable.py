@@ -16,6 +16,7 @@ import errno
 import functools
 import os
 import stat
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -164,11 +165,22 @@ def unlink_if_present(path: Path | str) -> bool:
     return True
 
 
-def remove_temporaries(directory: Path) -> None:
-    """Remove what interrupted `write_file` calls left in ``directory``. Call only while holding its lock."""
+def remove_temporaries(directory: Path, *, older_than_s: float = 0.0) -> None:
+    """Remove what interrupted `write_file` calls left in ``directory``.
+
+    Call only while holding its lock, or for those so old that whoever wrote them is not writing any more.
+    """
+    newest = time.time() - older_than_s
     with os.scandir(directory) as entries:
         for entry in entries:
             if entry.name.startswith(TEMP_PREFIX) and not entry.is_dir(follow_symlinks=False):
+                if older_than_s:
+                    try:
+                        young = entry.stat(follow_symlinks=False).st_mtime > newest
+                    except FileNotFoundError:
+                        continue
+                    if young:
+                        continue
                 unlink_if_present(entry.path)
 
 

@@ -111,6 +111,8 @@ class Receiver:
         while True:
             try:
                 await self._in(self._publishing, self._store.mend)
+            except OSError as error:
+                _log.error("%s cannot be looked through now, in an hour again: %s", self._store.root, error)
             except Exception:
                 _log.exception("mending %s failed", self._store.root)
             await asyncio.sleep(_MEND_INTERVAL_S)

@@ -39,7 +39,7 @@ from fastship.receiver.reserved import Reserved
 
 _log = logging.getLogger("fastship.receiver")
 _TOKEN = re.compile(r"[0-9a-f]{64}")
-_ORPHAN_AGE_S = 3600.0  # of files whose process may still be about to use them
+ORPHAN_AGE_S = 3600.0  # of files whose process may still be about to use them
 WAIT_S = 5.0  # for an upload's lock; whoever verifies holds it for longer
 _GENERATIONS = 10**11  # where one may begin; lock has room for ten times as many
 _WRITER_WAIT_S = 60.0  # a HEAD's fdatasync on a slow disk must not end an append
@@ -320,16 +320,16 @@ class Uploads:
                 elif _TOKEN.fullmatch(token):
                     known = self._read(token) if kind == "lock" else None
                     useless = known is not None and is_stored(known.episode)
-                    limit_s = min(_ORPHAN_AGE_S, self._max_age_s) if useless else self._max_age_s
+                    limit_s = min(ORPHAN_AGE_S, self._max_age_s) if useless else self._max_age_s
                     if kind == "lock" and self._is_expired(token, now, limit_s):
                         self._expire(token, now, limit_s)
                         removed += 1
                     lockless = kind != "lock" and not self._path(token, "lock").exists()
-                    expired = lockless and age_s > _ORPHAN_AGE_S
+                    expired = lockless and age_s > ORPHAN_AGE_S
                 elif kind == "part":
-                    expired = age_s > _ORPHAN_AGE_S and is_free(entry.path)
+                    expired = age_s > ORPHAN_AGE_S and is_free(entry.path)
                 else:
-                    expired = entry.name.startswith(durable.TEMP_PREFIX) and age_s > _ORPHAN_AGE_S
+                    expired = entry.name.startswith(durable.TEMP_PREFIX) and age_s > ORPHAN_AGE_S
                 if expired:
                     removed += durable.unlink_if_present(entry.path)
         return removed
@@ -350,7 +350,7 @@ class Uploads:
             with contextlib.suppress(FileNotFoundError):
                 times.append(os.stat(self._path(token, kind)).st_mtime)
         if not times:  # a crash between making the lock and the rest
-            return now - os.stat(self._path(token, "lock")).st_mtime > _ORPHAN_AGE_S
+            return now - os.stat(self._path(token, "lock")).st_mtime > ORPHAN_AGE_S
         return now - max(times) > limit_s
 
     def _begin(self, token: str, declared: Declared, lock: UploadLock) -> None:

@@ -191,3 +191,13 @@ with tempfile.TemporaryDirectory() as root:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_of_temporaries_only_the_old_are_removed_where_others_may_be_writing(tmp_path: Path) -> None:
+    old, young = (tmp_path / f"{durable.TEMP_PREFIX}{name}" for name in ("old", "young"))
+    for path in (old, young, tmp_path / "file"):
+        path.touch()
+    for path in (old, tmp_path / "file"):
+        os.utime(path, (1, 1))
+    durable.remove_temporaries(tmp_path, older_than_s=3600.0)
+    assert sorted(os.listdir(tmp_path)) == [young.name, "file"]

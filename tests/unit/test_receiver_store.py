@@ -445,7 +445,13 @@ def test_sweeping(store: Store, uploads: Uploads) -> None:
     for name in (".tmp-left.1", "e.12.receipt", "0" * 64 + ".part"):
         (root / name).write_bytes(b"")
         age(root / name)
+    interrupted = [store.root / f"{place}.tmp-{name}" for place in ("", "episodes/") for name in ("old", "young")]
+    for path in interrupted:
+        path.write_bytes(b"")
+        if path.name.endswith("old"):
+            age(path)
     store.mend()
+    assert [path.name for path in interrupted if path.exists()] == [".tmp-young"] * 2
     kept = {f"{fresh.token}.{kind}" for kind in ("json", "part", "lock")} | {writing.path.name}
     assert {path.name for path in root.rglob("*") if path.is_file()} == kept
     with pytest.raises(Superseded):
