@@ -94,9 +94,14 @@ class Lock:
     """The spool lock (``flock(2)``), held from construction to `release`, and by every process that inherits `fd`."""
 
     def __init__(self, path: Path, *, wait_s: float) -> None:
-        """Raises `SpoolBusy` when another instance runs, or when what is left of one holds it after ``wait_s``."""
+        """Raises `SpoolBusy` when another instance runs, or when what is left of one holds it after ``wait_s``;
+        `SpoolError` where the file cannot be made."""
         self._path = path
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            remedy = "the spool's file system must take new files: is it full, or mounted read-only?"
+            raise SpoolError(f"{path}: cannot be made: {error.strerror}", remedy=remedy) from None
         deadline = time.monotonic() + wait_s
         while True:
             try:

@@ -94,6 +94,12 @@ def test_one_holder_at_a_time(layout: Layout) -> None:
     Lock(layout.lock, wait_s=0.0).release()
 
 
+def test_a_lock_that_cannot_be_made_says_so(layout: Layout) -> None:
+    with pytest.raises(SpoolError, match="cannot be made: No such file") as refused:
+        Lock(layout.state / "gone" / "lock", wait_s=0.0)
+    assert refused.value.remedy
+
+
 def test_a_lock_whose_file_was_removed_or_replaced_is_not_ours(layout: Layout) -> None:
     lock = Lock(layout.lock, wait_s=0.0)
     assert lock.is_ours()
