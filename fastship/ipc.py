@@ -46,6 +46,10 @@ class Shares(msgspec.Struct, frozen=True, tag=True):
     bandwidth: int | None = None  # bytes a second, 0: no limit
 
 
+class Recall(msgspec.Struct, frozen=True, tag=True):
+    """Supervisor to worker: the destination is paused; give back what is not begun, in the line or on the way."""
+
+
 class Drain(msgspec.Struct, frozen=True, tag=True):
     """Supervisor to worker: give back what is not begun, finish the rest, end with status 0."""
 
@@ -70,7 +74,7 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
     under_way: list[UnderWay] = []
 
 
-ToWorker = Welcome | Assignment | Shares | Drain
+ToWorker = Welcome | Assignment | Shares | Recall | Drain
 FromWorker = Ready | Beat | PackBegan | Packed | PackFailed | Answered | Returned
 
 BOOT_FAILED = 71

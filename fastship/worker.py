@@ -157,6 +157,8 @@ class Worker:
                         self._may_pack.set()
                     if message.bandwidth is not None:
                         self._session.set_bandwidth(message.bandwidth)
+                case ipc.Recall():
+                    self._recall()
                 case ipc.Drain():
                     self._drain()
             if time.monotonic() >= next_beat:
@@ -176,14 +178,25 @@ class Worker:
         if self._draining:
             return
         self._draining = True
+        self._return_queued()
+        self._queue.put(None)
+        if not self._under_way:
+            self._packer.join(BEAT_S)  # it has nothing to do and ends at once: so do we
+
+    def _recall(self) -> None:
+        if self._draining:
+            return  # all of it was given back, or is about to end
+        self._return_queued()
+        for episode in self._session.recall():
+            del self._under_way[episode], self._manifests[episode]
+            self._channel.send(Returned(episode))
+
+    def _return_queued(self) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
                 assignment = self._queue.get_nowait()
                 if assignment is not None:
                     self._channel.send(Returned(assignment.episode))
-        self._queue.put(None)
-        if not self._under_way:
-            self._packer.join(BEAT_S)  # it has nothing to do and ends at once: so do we
 
     def _progress(self) -> list[ipc.UnderWay]:
         now = time.monotonic()

@@ -166,6 +166,12 @@ class Share(msgspec.Struct, frozen=True):
     threads: int
 
 
+class Recall(msgspec.Struct, frozen=True):
+    """The worker gives back (`Returned`) what it has not begun to pack, and what is packed and not begun to ship."""
+
+    worker: int
+
+
 class Retire(msgspec.Struct, frozen=True):
     episode: str
     receipt: Receipt
@@ -206,4 +212,4 @@ class Report(msgspec.Struct, frozen=True):
     fields: dict[str, object]
 
 
-Command = Measure | Assign | Share | Retire | Quarantine | Hold | Discard | Report
+Command = Measure | Assign | Share | Recall | Retire | Quarantine | Hold | Discard | Report

@@ -26,6 +26,7 @@ from fastship.lifecycle.events import (
     Packed,
     PackFailed,
     Quarantine,
+    Recall,
     Released,
     Report,
     Retire,
@@ -229,12 +230,20 @@ WELL = frozenset({Outcome.SHIPPED, Outcome.CONFLICT, Outcome.REJECTED})
 
 
 def _judge_destination(book: Book, event: Answered, now: float, commands: list[Command]) -> None:
-    """The circuit breaker: a verdict on the episode proves the destination well, a fault of its own pauses it."""
+    """The circuit breaker: a verdict on the episode proves the destination well, a fault of its own pauses it.
+
+    While it is paused only the probe's verdict proves so much: another attempt was let in before the pause, by a token
+    that may be no good any more. But then it is worth to try at once. What workers have not begun they give back: the
+    whole line of each would be refused like the first.
+    """
     breaker, verdict, policy = book.breaker, event.verdict, book.policy
     probing = breaker.probe == event.episode
     if probing:
         breaker.probe = None
     if verdict.outcome in WELL:
+        if breaker.paused and not probing and not policy.once:
+            breaker.until = min(breaker.until, now)
+            return
         if breaker.paused:
             commands.append(Report("info", "destination-well", {"after": breaker.reason}))
         book.breaker = Breaker()
@@ -247,6 +256,8 @@ def _judge_destination(book: Book, event: Answered, now: float, commands: list[C
             return
     if breaker.paused and not probing:
         return  # one of those under way when it was paused says the same again
+    if not breaker.paused and not policy.once:
+        commands.extend(Recall(worker) for worker in book.workers if worker not in book.leaving)
     breaker.pause_s = min(max(breaker.pause_s * 2, policy.pause_min_s), policy.pause_max_s)
     breaker.paused = True
     breaker.until = now + max(breaker.pause_s, verdict.retry_after_s or 0.0)

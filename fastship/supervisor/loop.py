@@ -281,6 +281,8 @@ class Supervisor:
                 self._crew.send(command.worker, _assignment(command))
             case ev.Share():
                 self._crew.send(command.worker, ipc.Shares(threads=command.threads))
+            case ev.Recall():
+                self._crew.send(command.worker, ipc.Recall())
             case ev.Retire():
                 self._retirements.append(command)
             case ev.Quarantine():

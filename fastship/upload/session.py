@@ -1,9 +1,9 @@
 """The session: one thread that carries artifacts to one destination, several at a time.
 
-What always holds: each submitted artifact gets exactly one verdict, in the session's thread, unless the session
-is drained before it began or closed before it ended (then it is still in the outbox, and so much of it as the
-receiver made durable still at the receiver); one that is sent while it is packed (`Session.stream`) gets none before
-it is submitted; no exception in one artifact's course touches another's; an idle session uses no CPU time.
+What always holds: each submitted artifact gets exactly one verdict, in the session's thread, unless it is recalled or
+the session drained before it began, or closed before it ended (then it is still in the outbox, and so much of it as
+the receiver made durable still at the receiver); one that is sent while it is packed (`Session.stream`) gets none
+before it is submitted; no exception in one artifact's course touches another's; an idle session uses no CPU time.
 
 The thread alone touches libcurl. Other threads put what they want into the inbox and wake it.
 
@@ -156,6 +156,15 @@ class Session:
             if passage is not None and not self._closed:
                 passage.growth = Growth(dropped=True)
                 self._transfers.wake()
+
+    def recall(self) -> list[str]:
+        """Take back what was submitted and has not begun: it gets no verdict."""
+        with self._lock:
+            back = [passage for passage in self._queue if passage.growth.manifest is not None]
+            self._queue = deque(passage for passage in self._queue if passage.growth.manifest is None)
+        for passage in back:
+            passage.close()
+        return [passage.episode for passage in back]
 
     def set_bandwidth(self, bytes_per_s: float) -> None:
         """Limit what all of the session's transfers send together; 0: no limit. Takes effect at once."""

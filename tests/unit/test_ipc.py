@@ -34,6 +34,7 @@ TO_WORKER: list[ipc.ToWorker] = [
     ipc.Assignment("ep", True),
     ipc.Shares(threads=2),
     ipc.Shares(bandwidth=0),
+    ipc.Recall(),
     ipc.Drain(),
 ]
 

@@ -205,6 +205,50 @@ def test_a_rotated_token_quarantines_nothing_and_all_goes_on_when_it_is_well(sta
     assert not desk.book.breaker.paused
 
 
+def test_what_is_not_begun_is_taken_back_once_when_the_destination_is_paused() -> None:
+    desk = Desk()
+    desk.tell(ev.WorkerJoined(1), ev.WorkerJoined(2), ev.WorkerJoined(3))
+    desk.tell(ev.WorkerLeaving(3))
+    desk.find(*(f"ep{number}" for number in range(20)))
+    queued = [name for name in desk.book.entries if desk.state(name) is State.QUEUED]
+    commands = desk.ship(queued[0], FAULT)
+    assert kinds(commands, ev.Recall) == [ev.Recall(1), ev.Recall(2)]
+    assert kinds(desk.ship(queued[1], FAULT), ev.Recall) == []
+    desk.tell(ev.PackBegan(queued[2]), ev.Packed(queued[2], manifest_of(queued[2]), False))
+    assert assigned(desk.tell(*(ev.Returned(name) for name in queued[2:]))) == []
+    assert desk.book.count(*CLAIMED) == 0
+    assert all(desk.book.entries[name].attempts == 0 for name in queued[2:])
+    desk.now = desk.book.breaker.until
+    ((_, probe),) = assigned(desk.tell(ev.Tick()))
+    assert kinds(desk.ship(probe, FAULT), ev.Recall) == []  # the pause goes on
+
+
+def test_one_that_was_let_in_before_the_pause_does_not_end_it() -> None:
+    """A token is rotated: what was sent with the old one may come to its end with 201 all the same."""
+    desk = Desk()
+    desk.tell(ev.WorkerJoined(1))
+    desk.find(*"abcdef")
+    desk.tell(ev.PackBegan("a"), ev.Packed("a", manifest_of("a"), False))
+    desk.ship("b", FAULT)
+    desk.tell(*(ev.Returned(name) for name in "cdef" if desk.state(name) is State.QUEUED))
+    commands = desk.tell(ev.Answered("a", shipped(manifest_of("a")), manifest_of("a"), True))
+    assert kinds(commands, ev.Retire)
+    ((_, probe),) = assigned(commands)  # at once, and alone
+    assert desk.book.breaker.paused
+    desk.ship(probe, FAULT)
+    assert desk.book.breaker.pause_s == 2.0
+
+
+def test_in_a_single_pass_one_that_was_let_in_ends_the_pause() -> None:
+    desk = Desk(once=True)
+    desk.tell(ev.WorkerJoined(1))
+    desk.find(*"abc")
+    desk.tell(ev.PackBegan("a"), ev.Packed("a", manifest_of("a"), False))
+    assert kinds(desk.ship("b", FAULT), ev.Recall) == []  # each is attempted once, whatever comes of it
+    desk.tell(ev.Answered("a", shipped(manifest_of("a")), manifest_of("a"), True))
+    assert not desk.book.breaker.paused
+
+
 def test_retry_after_is_obeyed_where_it_is_longer() -> None:
     desk = Desk()
     desk.tell(ev.WorkerJoined(1))

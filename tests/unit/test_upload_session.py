@@ -141,6 +141,26 @@ def test_drain_waits_for_those_under_way_and_begins_no_more(tmp_path: Path) -> N
     assert session.drain(0.0)
 
 
+def test_recall_takes_back_what_has_not_begun(tmp_path: Path) -> None:
+    artifacts = [make_artifact(tmp_path, 1000, f"ep{number}") for number in range(4)]
+    upload = msgspec.structs.replace(UPLOAD, connections=1)
+    verdicts: list[str] = []
+    with (
+        held_server() as (server, release),
+        Session(to(server), upload, on_verdict=lambda episode, _verdict: verdicts.append(episode)) as session,
+    ):
+        for artifact in artifacts:
+            session.submit(artifact, first_attempt=True)
+        wait_until(lambda: len(server.heads) == 1)
+        assert session.recall() == ["ep1", "ep2", "ep3"]
+        assert session.recall() == []
+        assert (session.in_flight, session.queued) == (1, 0)
+        session.submit(artifacts[2], first_attempt=True)
+        release.set()
+        wait_until(lambda: len(verdicts) == 2)
+    assert verdicts == ["ep0", "ep2"]
+
+
 def test_drain_ends_a_wait_for_a_retry_with_what_it_was_for(small: Artifact) -> None:
     patient = msgspec.structs.replace(UPLOAD, retry_min_s=3600.0, retry_max_s=3600.0)
     verdicts: list[Verdict] = []
