@@ -207,11 +207,13 @@ def fastship(*arguments: str | Path) -> list[str]:
 class Command:
     """``fastship ...`` in a process of its own, its log kept."""
 
-    def __init__(self, *arguments: str | Path, log: Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, *arguments: str | Path, log: Path, env: Mapping[str, str] | None = None, prefix: tuple[str, ...] = ()
+    ) -> None:
         self.log_path = log
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(
-                fastship(*arguments),
+                [*prefix, *fastship(*arguments)],
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 stdin=subprocess.DEVNULL,

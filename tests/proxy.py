@@ -55,6 +55,8 @@ class Passed:
         self.fault = ""
         self.status: int | None = None  # of the answer that the client was given whole
         self.fields: dict[str, str] = {}
+        self.began_s = time.monotonic()
+        self.ended_s = 0.0  # just before the client was answered
 
     @property
     def well(self) -> bool:
@@ -66,7 +68,7 @@ class Passed:
         return f"{self.method} {where} +{self.came_bytes} {self.fault or 'carried'} -> {self.status} {told}"
 
 
-Fault = Callable[["Proxy", "_Near", Head, Passed], bool]
+Fault = Callable[["Proxy", "Near", Head, Passed], bool]
 """Does with a request what it is called; whether the client's connection is still good."""
 
 
@@ -82,13 +84,13 @@ class Proxy:
         self._left = faults
         self._often = often
         self._stale: bytes | None = None  # a request that is sent once more when another has come
-        self._sockets: list[socket.socket] = []
+        self.sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self._spawn(self._accept)
 
-    def _spawn(self, function: Callable[..., None], *arguments: object) -> None:
+    def _spawn(self, function: Callable[..., object], *arguments: object) -> None:
         thread = threading.Thread(target=function, args=arguments)
         self._threads.append(thread)
         thread.start()
@@ -100,23 +102,25 @@ class Proxy:
             except OSError:
                 return
             near.settimeout(PATIENCE_S)
-            self._sockets.append(near)
-            self._spawn(self._serve, near)
+            self.sockets.append(near)
+            self._spawn(self.serve, near)
 
-    def _serve(self, near: socket.socket) -> None:
-        ahead = b""
+    def serve(self, near: socket.socket) -> int:
+        """One connection of the client's, to its end; how many requests came."""
+        ahead, came = b"", 0
         try:
             while True:
                 raw, ahead = _until_blank_line(near, ahead)
                 if not raw:
-                    return
+                    break
+                came += 1
                 head = Head(raw)
                 passed = Passed(head)
                 self.passed.append(passed)
                 if head.expects:
                     near.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-                peer = _Near(near, ahead)
-                fault = self._draw()
+                peer = Near(near, ahead)
+                fault = self.draw()
                 if fault is not None:
                     passed.fault = fault.__name__
                     self.played.append(fault.__name__)
@@ -128,7 +132,7 @@ class Proxy:
                 if stale is not None:
                     self.exchange(stale)
                 if not good:
-                    return
+                    break
                 ahead = peer.ahead
         except OSError:
             pass  # an end went away
@@ -136,8 +140,9 @@ class Proxy:
             self.errors.append(error)
         finally:
             _cut(near)
+        return came
 
-    def _draw(self) -> Fault | None:
+    def draw(self) -> Fault | None:
         if self._left <= 0 or self.chance.random() >= self._often:
             return None
         self._left -= 1
@@ -145,7 +150,7 @@ class Proxy:
 
     def connect(self) -> socket.socket:
         far = socket.create_connection(("127.0.0.1", self._port), timeout=PATIENCE_S)
-        self._sockets.append(far)
+        self.sockets.append(far)
         return far
 
     def exchange(self, request: bytes) -> Answer:
@@ -154,6 +159,11 @@ class Proxy:
             with contextlib.suppress(OSError):  # answered before it was read
                 far.sendall(request)
             return read_answer(far, request[:4] == b"HEAD")
+
+    def cut_all(self) -> None:
+        """Every connection there is."""
+        for sock in list(self.sockets):
+            _cut(sock)
 
     def replay_later(self, request: bytes) -> None:
         self._stale = request
@@ -168,18 +178,16 @@ class Proxy:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._threads[0].join()
-        for sock in list(self._sockets):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+        self.cut_all()
         for thread in self._threads[1:]:
             thread.join()
-        for sock in self._sockets:
+        for sock in self.sockets:
             sock.close()
         if self.errors:
             raise self.errors[0]
 
 
-class _Near:
+class Near:
     """The client's end; ``ahead`` was read of it already."""
 
     def __init__(self, sock: socket.socket, ahead: bytes) -> None:
@@ -196,15 +204,15 @@ class _Near:
 # --- what is done to a request -----------------------------------------------------------------------------------
 
 
-def carry(proxy: Proxy, near: _Near, head: Head, passed: Passed) -> bool:
+def carry(proxy: Proxy, near: Near, head: Head, passed: Passed) -> bool:
     with proxy.connect() as far:
         if _send_body(near, far, head, passed, head.length):
-            return _give(near, passed, read_answer(far, head.method == "HEAD"))
-        _give(near, passed, read_answer(far, head.method == "HEAD"))
+            return give(near, passed, read_answer(far, head.method == "HEAD"))
+        give(near, passed, read_answer(far, head.method == "HEAD"))
         return False
 
 
-def cut(proxy: Proxy, near: _Near, head: Head, passed: Passed) -> bool:
+def cut(proxy: Proxy, near: Near, head: Head, passed: Passed) -> bool:
     far = proxy.connect()
     _send_body(near, far, head, passed, _somewhere(proxy, head.length))
     _cut(far)
@@ -212,7 +220,7 @@ def cut(proxy: Proxy, near: _Near, head: Head, passed: Passed) -> bool:
     return False
 
 
-def reset(proxy: Proxy, near: _Near, head: Head, passed: Passed) -> bool:
+def reset(proxy: Proxy, near: Near, head: Head, passed: Passed) -> bool:
     far = proxy.connect()
     _send_body(near, far, head, passed, _somewhere(proxy, head.length))
     for sock in (far, near.sock):
@@ -221,7 +229,7 @@ def reset(proxy: Proxy, near: _Near, head: Head, passed: Passed) -> bool:
     return False
 
 
-def leave_half_open(proxy: Proxy, near: _Near, head: Head, passed: Passed) -> bool:
+def leave_half_open(proxy: Proxy, near: Near, head: Head, passed: Passed) -> bool:
     """The client is cut; the receiver hears of it later, or much later."""
     far = proxy.connect()
     _send_body(near, far, head, passed, _somewhere(proxy, head.length))
@@ -230,7 +238,7 @@ def leave_half_open(proxy: Proxy, near: _Near, head: Head, passed: Passed) -> bo
     return False
 
 
-def stall(proxy: Proxy, near: _Near, head: Head, passed: Passed) -> bool:
+def stall(proxy: Proxy, near: Near, head: Head, passed: Passed) -> bool:
     """Nothing goes on any more, until the client gives up."""
     far = proxy.connect()
     _send_body(near, far, head, passed, _somewhere(proxy, head.length))
@@ -239,7 +247,7 @@ def stall(proxy: Proxy, near: _Near, head: Head, passed: Passed) -> bool:
     return False
 
 
-def withhold_answer(proxy: Proxy, near: _Near, head: Head, passed: Passed) -> bool:
+def withhold_answer(proxy: Proxy, near: Near, head: Head, passed: Passed) -> bool:
     with proxy.connect() as far:
         _send_body(near, far, head, passed, head.length)
         read_answer(far, head.method == "HEAD")
@@ -247,14 +255,14 @@ def withhold_answer(proxy: Proxy, near: _Near, head: Head, passed: Passed) -> bo
     return False
 
 
-def lose_answer(proxy: Proxy, near: _Near, head: Head, passed: Passed) -> bool:
+def lose_answer(proxy: Proxy, near: Near, head: Head, passed: Passed) -> bool:
     with proxy.connect() as far:
         _send_body(near, far, head, passed, head.length)
         read_answer(far, head.method == "HEAD")
     return False
 
 
-def truncate_answer(proxy: Proxy, near: _Near, head: Head, passed: Passed) -> bool:
+def truncate_answer(proxy: Proxy, near: Near, head: Head, passed: Passed) -> bool:
     with proxy.connect() as far:
         _send_body(near, far, head, passed, head.length)
         raw = read_answer(far, head.method == "HEAD").raw
@@ -262,40 +270,40 @@ def truncate_answer(proxy: Proxy, near: _Near, head: Head, passed: Passed) -> bo
     return False
 
 
-def send_twice_before(proxy: Proxy, near: _Near, head: Head, passed: Passed) -> bool:
-    request = _read_whole(near, head, passed)
+def send_twice_before(proxy: Proxy, near: Near, head: Head, passed: Passed) -> bool:
+    request = read_whole(near, head, passed)
     proxy.exchange(request)
-    return _give(near, passed, proxy.exchange(request))
+    return give(near, passed, proxy.exchange(request))
 
 
-def send_twice_after(proxy: Proxy, near: _Near, head: Head, passed: Passed) -> bool:
-    request = _read_whole(near, head, passed)
+def send_twice_after(proxy: Proxy, near: Near, head: Head, passed: Passed) -> bool:
+    request = read_whole(near, head, passed)
     answer = proxy.exchange(request)
     proxy.exchange(request)
-    return _give(near, passed, answer)
+    return give(near, passed, answer)
 
 
-def send_twice_at_once(proxy: Proxy, near: _Near, head: Head, passed: Passed) -> bool:
-    request = _read_whole(near, head, passed)
+def send_twice_at_once(proxy: Proxy, near: Near, head: Head, passed: Passed) -> bool:
+    request = read_whole(near, head, passed)
     answers: list[Answer] = []
     threads = [threading.Thread(target=lambda: answers.append(proxy.exchange(request))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return bool(answers) and _give(near, passed, proxy.chance.choice(answers))
+    return bool(answers) and give(near, passed, proxy.chance.choice(answers))
 
 
-def send_again_later(proxy: Proxy, near: _Near, head: Head, passed: Passed) -> bool:
+def send_again_later(proxy: Proxy, near: Near, head: Head, passed: Passed) -> bool:
     """Now, and beside the client's next one."""
-    request = _read_whole(near, head, passed)
+    request = read_whole(near, head, passed)
     answer = proxy.exchange(request)
     proxy.replay_later(request)
-    return _give(near, passed, answer)
+    return give(near, passed, answer)
 
 
-def refuse_unread(proxy: Proxy, near: _Near, head: Head, passed: Passed) -> bool:
-    _give(near, passed, _refusal(proxy))
+def refuse_unread(proxy: Proxy, near: Near, head: Head, passed: Passed) -> bool:
+    give(near, passed, _refusal(proxy))
     near.sock.shutdown(socket.SHUT_WR)
     with contextlib.suppress(OSError):
         while piece := near.read(PIECE_BYTES):
@@ -303,21 +311,21 @@ def refuse_unread(proxy: Proxy, near: _Near, head: Head, passed: Passed) -> bool
     return False
 
 
-def refuse(proxy: Proxy, near: _Near, head: Head, passed: Passed) -> bool:
-    _read_whole(near, head, passed)
-    _give(near, passed, _refusal(proxy))
+def refuse(proxy: Proxy, near: Near, head: Head, passed: Passed) -> bool:
+    read_whole(near, head, passed)
+    give(near, passed, _refusal(proxy))
     return False
 
 
-def answer_otherwise(proxy: Proxy, near: _Near, head: Head, passed: Passed) -> bool:
+def answer_otherwise(proxy: Proxy, near: Near, head: Head, passed: Passed) -> bool:
     """The receiver does it, and the client is told that it failed."""
-    proxy.exchange(_read_whole(near, head, passed))
-    _give(near, passed, _refusal(proxy))
+    proxy.exchange(read_whole(near, head, passed))
+    give(near, passed, _refusal(proxy))
     return False
 
 
-def delay(proxy: Proxy, near: _Near, head: Head, passed: Passed) -> bool:
-    request = _read_whole(near, head, passed)
+def delay(proxy: Proxy, near: Near, head: Head, passed: Passed) -> bool:
+    request = read_whole(near, head, passed)
     time.sleep(proxy.chance.uniform(0.0, 0.05))
     with proxy.connect() as far:
         while request and not _readable(far):
@@ -328,7 +336,7 @@ def delay(proxy: Proxy, near: _Near, head: Head, passed: Passed) -> bool:
             time.sleep(proxy.chance.uniform(0.0, 0.01))
         answer = read_answer(far, head.method == "HEAD")
     time.sleep(proxy.chance.uniform(0.0, 0.05))
-    return _give(near, passed, answer)
+    return give(near, passed, answer)
 
 
 FAULTS: list[Fault] = [
@@ -358,7 +366,7 @@ def _somewhere(proxy: Proxy, length: int) -> int:
     return proxy.chance.choice((0, min(1, length), max(0, length - 1), length, proxy.chance.randint(0, length)))
 
 
-def _send_body(near: _Near, far: socket.socket, head: Head, passed: Passed, count: int) -> bool:
+def _send_body(near: Near, far: socket.socket, head: Head, passed: Passed, count: int) -> bool:
     """The head and so much of the body, as it comes. False: there is an answer before its end, or no client."""
     far.sendall(head.raw + b"\r\n\r\n")
     while count:
@@ -374,7 +382,7 @@ def _send_body(near: _Near, far: socket.socket, head: Head, passed: Passed, coun
     return True
 
 
-def _read_whole(near: _Near, head: Head, passed: Passed) -> bytes:
+def read_whole(near: Near, head: Head, passed: Passed) -> bytes:
     body = bytearray()
     while len(body) < head.length:
         piece = near.read(min(PIECE_BYTES, head.length - len(body)))
@@ -406,9 +414,10 @@ def read_answer(far: socket.socket, to_head: bool) -> Answer:
     return Answer(raw + b"\r\n\r\n" + rest[:length], status, named)
 
 
-def _give(near: _Near, passed: Passed, answer: Answer) -> bool:
-    near.sock.sendall(answer.raw)
+def give(near: Near, passed: Passed, answer: Answer) -> bool:
+    passed.ended_s = time.monotonic()
     passed.status, passed.fields = answer.status, answer.fields
+    near.sock.sendall(answer.raw)
     return answer.fields.get("connection", "").lower() != "close"
 
 
@@ -436,7 +445,7 @@ def _readable(sock: socket.socket) -> bool:
     return bool(select.select([sock], [], [], 0)[0])
 
 
-def _await_gone(near: _Near) -> None:
+def _await_gone(near: Near) -> None:
     """Until the client has closed; what it still sends is not read."""
     poll = select.poll()
     poll.register(near.sock, GONE)

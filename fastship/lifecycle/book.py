@@ -132,17 +132,27 @@ class Book:
         return self.policy.once and (self.breaker.paused or self.next_ready() is None)
 
     def next_ready(self) -> Entry | None:
-        """The ready episode whose turn it is: while packing is paused, the first that only has to be shipped."""
+        """The ready episode whose turn it is: while packing is paused, the first that only has to be shipped.
+
+        A paused destination is tried by the one that was tried least: the first in order may be refused for a reason of
+        its own, would be ready again at the end of each pause, and nothing else would ever be tried.
+        """
         if not self.ready:
             return None
-        first = self.entries[self.ready[0][1]]
+        probing = self.breaker.paused
+
+        def turn(entry: Entry) -> tuple[int, str, str]:
+            return entry.attempts if probing else 0, entry.key, entry.episode
+
+        names = self.ready if probing else self.ready[:1]
+        first = min((self.entries[episode] for _, episode in names), key=turn)
         paused = self.restrained and not self.budget.cores
         if not paused and not self.room.short:
             return first
         packed = [self.entries[episode] for episode in self.packed]
         ready = [entry for entry in packed if entry.state is State.READY]
         if ready:
-            return min(ready, key=lambda entry: (entry.key, entry.episode))
+            return min(ready, key=turn)
         return first if not paused and self.lends else None
 
     @property

@@ -223,6 +223,25 @@ def test_what_is_not_begun_is_taken_back_once_when_the_destination_is_paused() -
     assert kinds(desk.ship(probe, FAULT), ev.Recall) == []  # the pause goes on
 
 
+@pytest.mark.parametrize("answer", [FAULT, NETWORK])
+def test_an_episode_that_is_always_refused_is_not_all_that_is_tried(answer: Verdict) -> None:
+    """It is first in order, and ready again whenever a pause ends."""
+    desk = Desk()
+    desk.tell(ev.WorkerJoined(1))
+    desk.find("a")
+    for _ in range(3):
+        if desk.state("a") is State.WAITING:
+            desk.now = desk.book.entries["a"].not_before
+            desk.tell(ev.Tick())
+        desk.ship("a", answer)
+    assert desk.book.breaker.paused
+    desk.tell(ev.Found([("b", "b"), ("c", "c")], complete=False))
+    desk.now = max(desk.book.breaker.until, desk.book.entries["a"].not_before)
+    ((_, probe),) = assigned(desk.tell(ev.Tick()))
+    assert probe == "b"
+    assert len(assigned(desk.ship("b", shipped(manifest_of("b"))))) == 2
+
+
 def test_one_that_was_let_in_before_the_pause_does_not_end_it() -> None:
     """A token is rotated: what was sent with the old one may come to its end with 201 all the same."""
     desk = Desk()
