@@ -93,8 +93,8 @@ def front(own_receiver: Receiver) -> Iterator[Front]:
         yield front
 
 
-def record(lab: Lab, count: int) -> list[str]:
-    names = [f"ep{number:04}" for number in range(count)]
+def record(lab: Lab, first: int = 0, end: int = QUEUED) -> list[str]:
+    names = [f"ep{number:04}" for number in range(first, end)]
     for name in names:
         lab.episode(name, files={"data": name.encode() * 20})
     return names
@@ -117,10 +117,12 @@ def alone(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def go_through(lab: Lab, front: Front, receiver: Receiver, begin: Callable[[], None], end: Callable[[], None]) -> None:
     """An outage while a daemon ships what is queued, and all that must hold."""
-    names = record(lab, QUEUED)
+    half = QUEUED // 2
+    names = record(lab, end=half)
     with Daemon(lab.settings(QUICK)) as daemon:
         wait_until(lambda: len(lab.names("shipped")) >= QUEUED // 10, "a part of the queue")
         begin()
+        names += record(lab, half)  # however fast it was until then
         wait_until(lambda: paused(lab), "the pause")
         wait_until(lambda: len(alone(front.refused)) >= PROBES, "probes")
         assert lab.names("quarantine") == lab.names("holds") == []
@@ -207,7 +209,7 @@ def test_a_name_that_is_gone(make_lab: MakeLab, own_receiver: Receiver, front: F
         "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n"
     )  # nobody is there: no such name, at once
     lab = make_lab(f"http://receiver.lab.test:{front.url.rpartition(':')[2]}")
-    names = record(lab, QUEUED)
+    names = record(lab)
     own = f"mount --bind {hosts} /etc/hosts && mount --bind {resolver} /etc/resolv.conf && exec"
     prefix = ("unshare", "-m", "sh", "-c", f'{own} "$@"', "sh")
     file = lab.settings_file(QUICK)
@@ -230,7 +232,7 @@ def test_poison_episodes(make_lab: MakeLab, own_receiver: Receiver, front: Front
     """One is refused for good, one kills its workers, and one is refused by something on the way that never says why:
     all are first in order, and every other one passes them."""
     lab = make_lab(front.url)
-    names = record(lab, QUEUED)
+    names = record(lab)
     always, refused, kills = names[:3]
     (lab.episodes / kills / "more").write_bytes(telemetry(4 << 20))  # it takes a second to pack
     hard = {**QUICK, "pack": {"level": 17, "frame_bytes": "1MiB", "threads": WORKERS}}
