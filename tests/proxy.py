@@ -458,27 +458,31 @@ def _cut(sock: socket.socket) -> None:
 
 
 def sent_again(passed: list[Passed], size: int) -> int:
-    """Bytes of an artifact that went over the line more than once; asserts that they had to.
+    """Bytes of artifacts, of ``size`` together, that went over the line more than once; asserts that they had to.
 
     What is asserted of every request with a body: an append begins exactly where the receiver last told the client
     that the upload stands, and that never goes back; what was answered well is never sent again. So of each request
     that was not, at most its own body is sent again: one append.
     """
-    named: dict[str, int] = {}
-    well_until, excused, total = 0, 0, 0
+    named: dict[str, int] = {}  # by upload
+    episodes: dict[str, str] = {}  # of the uploads
+    well_until: dict[str, int] = {}  # by episode
+    excused, total = 0, 0
     for each in passed:
+        episode = episodes.get(each.path, each.path)
         if each.came_bytes:
             if not each.whole:
                 assert each.offset == named[each.path], f"an append at {each.offset}, not {named[each.path]}: {passed}"
-            assert each.offset >= well_until, f"bytes that were answered for are sent again: {passed}"
+            assert each.offset >= well_until.get(episode, 0), f"bytes that were answered for are sent again: {passed}"
             total += each.came_bytes
             if each.well:
-                well_until = each.offset + each.came_bytes
+                well_until[episode] = each.offset + each.came_bytes
             else:
                 excused += each.came_bytes
         told = each.fields.get("upload-offset")
         if told is not None and each.status in (201, 204, 409):
             path = each.fields.get("location", each.path)
+            episodes[path] = episode
             assert int(told) >= named.get(path, 0), f"the offset of {path} goes back: {passed}"
             named[path] = int(told)
     assert total <= size + excused, f"{total} bytes of {size}, {excused} of them in vain: {passed}"

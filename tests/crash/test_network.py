@@ -25,8 +25,9 @@ import msgspec
 import pytest
 import zstandard
 from blake3 import blake3
-from lab import Lab, Receiver, noise, wait_until
+from lab import Lab, Receiver, Sections, noise, read_back, telemetry, tree, wait_until
 from proxy import Proxy, sent_again
+from scripted_server import Head, Peer, Server
 
 from fastship.episode import Manifest, Outcome, Receipt, Verdict
 from fastship.settings import DestinationSettings, UploadSettings
@@ -39,8 +40,6 @@ AT_ONCE = 4
 SMALL = 256 << 10  # the receiver takes bodies of up to so much into memory
 SIZES = (900, 50_000, SMALL - 1, SMALL, SMALL + 1, 400_000, (1 << 20) + 1, 2_500_000)
 ATTEMPTS = 60
-
-MakeLab = Callable[..., Lab]
 
 
 class Sample(NamedTuple):
@@ -215,7 +214,7 @@ def outline(came: list[Came]) -> str:
 
 @pytest.mark.timeout(1800)
 def test_any_line_over_three_ways(receiver: Receiver, tmp_path: Path) -> None:
-    numbers = faults.some_of(range(RUNS), "network", least=30)
+    numbers = faults.some_of(range(RUNS), "network", least=15)
     before = receiver.stored()
     came = all_of(numbers, lambda number: ship_through(receiver, tmp_path, number))
     print(outline(came))
@@ -228,6 +227,112 @@ def test_any_line_over_three_ways(receiver: Receiver, tmp_path: Path) -> None:
         "runs of cuts, resets, stalls, lost and cut answers, requests sent twice, late or at once, 5xx of a proxy; "
         "at most one append sent again for each",
         of=RUNS,
+        tried=len(numbers),
+        test="tests/crash/test_network.py",
+    )
+
+
+# --- servers that know none of this ------------------------------------------------------------------------------
+
+
+class Plain:
+    """Takes whole PUTs and says 201; what is cut it forgets. No digest, no offset, no receipt."""
+
+    def __init__(self) -> None:
+        self.stored: dict[str, bytes] = {}
+
+    def __call__(self, peer: Peer, head: Head) -> None:
+        body = peer.body(head)
+        if head.method == "PUT" and len(body) == head.length:
+            self.stored[head.target.rpartition("/")[2]] = body
+            peer.answer(201)
+        elif len(body) == head.length:
+            peer.answer(405)
+
+
+@pytest.mark.timeout(900)
+def test_any_line_to_a_plain_server(tmp_path: Path) -> None:
+    plain = Plain()
+    numbers = faults.some_of(range(PLAIN_RUNS), "network plain", least=6)
+
+    def ship(number: int) -> Came:
+        chance = faults.chance(f"network plain {number}")
+        size = chance.choice(SIZES)
+        with contextlib.closing(Proxy(server.port, chance, chance.randint(1, 8))) as proxy:
+            to = DestinationSettings(url=proxy.url, proof="status")
+            shipping = Shipping(tmp_path, f"plain{number}", size, to, chance)
+            receipt = shipping.run(settings(chance), while_packing=False)
+            passed = list(proxy.passed)
+        assert receipt.verified == "status"
+        assert plain.stored[f"plain{number}"] == shipping.data, passed
+        assert all(each.whole for each in passed)
+        in_vain = sum(each.came_bytes for each in passed if not each.well)
+        assert sum(each.came_bytes for each in passed) <= size + in_vain
+        return Came(proxy.played, in_vain)
+
+    with Server(plain) as server:
+        print(outline(all_of(numbers, ship)))
+    assert set(plain.stored) == {f"plain{number}" for number in numbers}
+    faults.count(
+        "network: plain servers",
+        "the same over whole PUTs to a server that can only say 201",
+        of=PLAIN_RUNS,
+        tried=len(numbers),
+        test="tests/crash/test_network.py",
+    )
+
+
+# --- all of fastship ---------------------------------------------------------------------------------------------
+
+IN_ONE_SPOOL = 4
+ONCE: Sections = {
+    "upload": {
+        "one_shot_bytes": "64kB",
+        "stream_bytes": "96kB",
+        "retries": 2,
+        "retry_min_s": "1ms",
+        "retry_max_s": "20ms",
+        "stall_timeout_s": "500ms",
+        "answer_timeout_s": "1s",
+    },
+    "pack": {"frame_bytes": "64KiB", "level": "auto", "threads": 2},
+    "workers": {"count": 2},
+}
+
+
+def once_until_all_is_shipped(receiver: Receiver, directory: Path, number: int) -> Came:
+    """Passes over one spool, until nothing is left of it; what was in it is at the receiver, byte for byte."""
+    chance = faults.chance(f"network once {number}")
+    directory.mkdir()
+    with contextlib.closing(Proxy(port_of(receiver.url), chance, faults=10, often=0.4)) as proxy:
+        lab = Lab(directory, proxy.url, ONCE)
+        before = {}
+        for episode in range(IN_ONE_SPOOL):
+            name = f"once{number}-{episode}"
+            size = chance.choice((100, 40_000, 65_536, 200_000, 600_000))
+            before[name] = tree(lab.episode(name, files={"noise": noise(size, name), "text": telemetry(size, name)}))
+        for _ in range(ATTEMPTS):
+            result = lab.once()
+            assert (result.fatal, result.conflicts) == (0, 0), proxy.passed
+            if not lab.names("episodes"):
+                break
+        assert lab.names("shipped") == sorted(before), proxy.passed
+        assert lab.names("quarantine") == lab.names("holds") == lab.names("outbox") == []
+        for name, facts in before.items():
+            assert read_back(receiver, name, directory / "back", stock=False) == facts, proxy.passed
+        again = sent_again(proxy.passed, sum(receiver.artifact(name).stat().st_size for name in before))
+    return Came(proxy.played, again)
+
+
+@pytest.mark.timeout(900)
+def test_any_line_and_all_of_fastship(receiver: Receiver, tmp_path: Path) -> None:
+    numbers = faults.some_of(range(ONCE_RUNS), "network once")
+    came = [once_until_all_is_shipped(receiver, tmp_path / f"once{number}", number) for number in numbers]
+    print(outline(came))
+    faults.count(
+        "network: fastship once",
+        f"passes over a spool of {IN_ONE_SPOOL} through such a line, until it is empty",
+        of=ONCE_RUNS,
         tried=len(numbers),
         test="tests/crash/test_network.py",
     )

@@ -1,4 +1,7 @@
-"""What becomes of an episode after each kind of answer: holds, quarantine, faults of the destination."""
+"""What becomes of an episode after each kind of answer: holds, quarantine, faults of the destination.
+
+Outages with a queue are in tests/crash/test_outage.py.
+"""
 
 from __future__ import annotations
 
@@ -200,22 +203,6 @@ def test_the_queue_ships_by_itself_when_the_fault_ends(lab: Lab, destination: De
         daemon.stop()
 
 
-def test_one_episode_tries_a_paused_destination(lab: Lab, destination: Destination) -> None:
-    for number in range(20):
-        lab.episode(f"ep{number:02}")
-    destination.say("*", Reply(503))
-    settings = lab.settings({**QUICK, "destination": {"pause_min_s": "100ms", "pause_max_s": "100ms"}})
-    with Daemon(settings) as daemon:
-        wait_until(lambda: (look := lab.snapshot()) and look.destination.state != "up", "the pause")
-        seen = len(destination.heard)
-        wait_until(lambda: len(destination.heard) >= seen + 4, "probes")
-        counted = len(destination.offers())
-        assert counted < 20 + 6  # most of the queue was never offered to a destination known to be down
-        destination.says.clear()
-        wait_until(lambda: len(lab.names("shipped")) == 20, "the queue")
-        assert daemon.stop().fatal == 0
-
-
 def test_5xx_is_not_packed_again(lab: Lab, destination: Destination) -> None:
     lab.episode()
     destination.say("ep1", Reply(500), Reply(502), Reply(507), Reply(0), STORE)
@@ -269,23 +256,6 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
     process = Receiver(directory / "store", "--token-file", directory / "tokens", "--commits", directory / "commits")
     yield process
     process.close()
-
-
-def test_a_rotated_token_quarantines_nothing(make_lab: Callable[..., Lab], strict: Receiver, tmp_path: Path) -> None:
-    token, tokens = tmp_path / "token", strict.root.parent / "tokens"
-    token.write_text("token-of-yesterday\n")
-    tokens.write_text("token-of-today\n")  # rotated at the receiver, not yet here
-    lab = make_lab(strict.url, destination={"token_file": str(token), "pause_min_s": "50ms", "pause_max_s": "200ms"})
-    with Daemon(lab.settings()) as daemon:
-        for number in range(3):
-            lab.episode(f"token{number}")
-        wait_until(lambda: (look := lab.snapshot()) and look.destination.state != "up", "the pause")
-        assert lab.names("quarantine") == []
-        token.write_text("token-of-today\n")
-        wait_until(lambda: len(lab.names("shipped")) == 3, "the queue")
-        daemon.stop()
-    assert {f"token{number}" for number in range(3)} <= strict.stored()
-    assert b"token-of-today" not in (lab.state / "status.json").read_bytes()
 
 
 def test_the_receivers_word_on_commits(make_lab: Callable[..., Lab], strict: Receiver, tmp_path: Path) -> None:
