@@ -16,8 +16,7 @@ import errno
 import functools
 import os
 import stat
-import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 TEMP_PREFIX = ".tmp-"
@@ -165,18 +164,18 @@ def unlink_if_present(path: Path | str) -> bool:
     return True
 
 
-def remove_temporaries(directory: Path, *, older_than_s: float = 0.0) -> None:
+def remove_temporaries(directory: Path, *, is_old: Callable[[float], bool] | None = None) -> None:
     """Remove what interrupted `write_file` calls left in ``directory``.
 
-    Call only while holding its lock, or for those so old that whoever wrote them is not writing any more.
+    Call only while holding its lock, or for those that by their mtime are so old that whoever wrote them is not writing
+    any more (``is_old``).
     """
-    newest = time.time() - older_than_s
     with os.scandir(directory) as entries:
         for entry in entries:
             if entry.name.startswith(TEMP_PREFIX) and not entry.is_dir(follow_symlinks=False):
-                if older_than_s:
+                if is_old is not None:
                     try:
-                        young = entry.stat(follow_symlinks=False).st_mtime > newest
+                        young = not is_old(entry.stat(follow_symlinks=False).st_mtime)
                     except FileNotFoundError:
                         continue
                     if young:

@@ -40,7 +40,7 @@ from fastship.receiver import answers
 from fastship.receiver.answers import Answer
 from fastship.receiver.decisions import Declared, compare
 from fastship.receiver.partial import Partial, Unsynced, begin_writeback, sync_data
-from fastship.receiver.uploads import ORPHAN_AGE_S, Uploads
+from fastship.receiver.uploads import Uploads
 from fastship.settings import ReceiverSettings
 
 _log = logging.getLogger("fastship.receiver")
@@ -219,9 +219,9 @@ class Store:
                     self.receipt(episode)
                 except OSError as error:
                     _log.error("%s cannot be read, it stays without a receipt: %s", self.artifact_path(episode), error)
-        for directory in (self.root, self._episodes):
-            durable.remove_temporaries(directory, older_than_s=ORPHAN_AGE_S)
         self.uploads.sweep(lambda episode: self.artifact_path(episode).exists())
+        for directory in (self.root, self._episodes):
+            durable.remove_temporaries(directory, is_old=self.uploads.is_orphan)
 
     def room_bytes(self, token: str | None, wanted_bytes: int = 0) -> int:
         """Free space less the reserve less what uploads other than ``token`` have yet to send; may be below 0.

@@ -29,6 +29,7 @@ from typing import NamedTuple
 import msgspec
 
 from fastship import durable, sealed
+from fastship.ages import STEP_S, Ages
 from fastship.frames import Following
 from fastship.receiver.answers import Answer
 from fastship.receiver.bodies import Bodies, is_free
@@ -39,7 +40,7 @@ from fastship.receiver.reserved import Reserved
 
 _log = logging.getLogger("fastship.receiver")
 _TOKEN = re.compile(r"[0-9a-f]{64}")
-ORPHAN_AGE_S = 3600.0  # of files whose process may still be about to use them
+_ORPHAN_AGE_S = 3600.0  # of files whose process may still be about to use them
 WAIT_S = 5.0  # for an upload's lock; whoever verifies holds it for longer
 _GENERATIONS = 10**11  # where one may begin; lock has room for ten times as many
 _WRITER_WAIT_S = 60.0  # a HEAD's fdatasync on a slow disk must not end an append
@@ -126,6 +127,7 @@ class Uploads:
         self._secret = secret
         self._max_age_s = max_age_s
         self._boot = durable.boot_id()
+        self._ages = Ages(directory / "clock")
         self._bodies = Bodies(directory, self._boot)
         self._running: dict[str, _Running] = {}  # of uploads that this process wrote last, by token
         self._reserved = Reserved(directory, lambda token: getattr(self._read(token), "length", None))
@@ -304,14 +306,20 @@ class Uploads:
         """Remove what is older than the limit or was left by a crash; the number of files. May be repeated.
 
         An upload of an episode that ``is_stored`` is of no use any more and only promises room: an hour is its limit.
+        Ages are as `Ages` believes them: a clock that jumps forgets no upload. What is of the future, where it was set
+        back, is taken to be made now: else it would stay for as long as the clock was ahead.
         """
-        now = time.time()
+        ages = self._ages
+        ages.look()
         removed = 0
         for entry in [
             entry for each in (self._directory, self._ended, self._bodies.directory) for entry in os.scandir(each)
         ]:
             with contextlib.suppress(FileNotFoundError, UnknownUpload, Busy):
-                age_s = now - entry.stat().st_mtime
+                mtime = entry.stat().st_mtime
+                if mtime > time.time() + STEP_S:
+                    os.utime(entry.path)
+                age_s = ages.age_s(mtime)
                 token, _, kind = entry.name.rpartition(".")
                 if entry.is_dir():
                     continue
@@ -320,38 +328,42 @@ class Uploads:
                 elif _TOKEN.fullmatch(token):
                     known = self._read(token) if kind == "lock" else None
                     useless = known is not None and is_stored(known.episode)
-                    limit_s = min(ORPHAN_AGE_S, self._max_age_s) if useless else self._max_age_s
-                    if kind == "lock" and self._is_expired(token, now, limit_s):
-                        self._expire(token, now, limit_s)
+                    limit_s = min(_ORPHAN_AGE_S, self._max_age_s) if useless else self._max_age_s
+                    if kind == "lock" and self._is_expired(token, limit_s):
+                        self._expire(token, limit_s)
                         removed += 1
                     lockless = kind != "lock" and not self._path(token, "lock").exists()
-                    expired = lockless and age_s > ORPHAN_AGE_S
+                    expired = lockless and age_s > _ORPHAN_AGE_S
                 elif kind == "part":
-                    expired = age_s > ORPHAN_AGE_S and is_free(entry.path)
+                    expired = age_s > _ORPHAN_AGE_S and is_free(entry.path)
                 else:
-                    expired = entry.name.startswith(durable.TEMP_PREFIX) and age_s > ORPHAN_AGE_S
+                    expired = entry.name.startswith(durable.TEMP_PREFIX) and age_s > _ORPHAN_AGE_S
                 if expired:
                     removed += durable.unlink_if_present(entry.path)
         return removed
 
-    def _expire(self, token: str, now: float, limit_s: float) -> None:
+    def is_orphan(self, mtime: float) -> bool:
+        """Whether a file that nobody has named is so old, as of the last sweep, that nobody will."""
+        return self._ages.age_s(mtime) > _ORPHAN_AGE_S
+
+    def _expire(self, token: str, limit_s: float) -> None:
         lock = self._open_lock(token)
         try:
             with contextlib.suppress(Gone), lock.locked():
-                if self._is_expired(token, now, limit_s):  # still: somebody may have gone on with it meanwhile
+                if self._is_expired(token, limit_s):  # still: somebody may have gone on with it meanwhile
                     _log.info("upload %s... was not finished in time and is forgotten", token[:8])
                     self._remove(token)
         finally:
             lock.close()
 
-    def _is_expired(self, token: str, now: float, limit_s: float) -> bool:
+    def _is_expired(self, token: str, limit_s: float) -> bool:
         times = []
         for kind in ("json", "part"):
             with contextlib.suppress(FileNotFoundError):
                 times.append(os.stat(self._path(token, kind)).st_mtime)
         if not times:  # a crash between making the lock and the rest
-            return now - os.stat(self._path(token, "lock")).st_mtime > ORPHAN_AGE_S
-        return now - max(times) > limit_s
+            return self._ages.age_s(os.stat(self._path(token, "lock")).st_mtime) > _ORPHAN_AGE_S
+        return self._ages.age_s(max(times)) > limit_s
 
     def _begin(self, token: str, declared: Declared, lock: UploadLock) -> None:
         # The part first: a record with no part would be an upload that lost its bytes. Always a new file: what a power

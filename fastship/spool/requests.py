@@ -20,6 +20,7 @@ from typing import Literal, TypeVar
 import msgspec
 
 from fastship import durable
+from fastship.ages import Ages
 from fastship.spool.store import Spool
 
 Action = Literal["retry", "drop", "keep-local", "drop-local", "reship"]
@@ -95,12 +96,12 @@ def answer(path: Path, reply: Answer) -> None:
         durable.unlink_if_present(path)
 
 
-def forget_old(directory: Path, *, older_than_s: float) -> None:
+def forget_old(directory: Path, ages: Ages, *, older_than_s: float) -> None:
     """Remove answers nobody fetched."""
     with os.scandir(directory) as entries:
         for entry in entries:
             status = entry.stat(follow_symlinks=False)
-            if time.time() - status.st_mtime > older_than_s and not stat.S_ISDIR(status.st_mode):
+            if ages.age_s(status.st_mtime) > older_than_s and not stat.S_ISDIR(status.st_mode):
                 durable.unlink_if_present(entry.path)
 
 

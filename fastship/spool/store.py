@@ -15,7 +15,6 @@ import errno
 import hashlib
 import logging
 import os
-import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +22,7 @@ from pathlib import Path
 import msgspec
 
 from fastship import durable, sealed
+from fastship.ages import Ages
 from fastship.episode import MARKER, Manifest, Receipt, is_episode_id
 from fastship.errors import UsageError
 from fastship.lifecycle import Facts
@@ -102,6 +102,7 @@ class Spool:
     def __init__(self, root: Path | str, *, order: str = "name") -> None:
         self.paths = Layout(Path(root))
         self.outbox = Outbox(self.paths.outbox)
+        self.ages = Ages(self.paths.state / "clock.json")
         self.order = order
 
     def create(self) -> None:
@@ -397,13 +398,16 @@ class Spool:
         return path
 
     def clean_quarantine(self, keep_days: float) -> list[str]:
-        """Remove the entries older than ``keep_days`` by mtime (0 or less: none); returns their names."""
+        """Remove the entries older than ``keep_days`` by mtime (0 or less: none); returns their names.
+
+        As old as `Ages` believes: a clock that jumped removes nothing.
+        """
         if keep_days <= 0:
             return []
-        oldest = time.time() - keep_days * 86400
+        self.ages.look()
         removed = []
         for entry in self.quarantined():
-            if entry.modified_at < oldest:
+            if self.ages.age_s(entry.modified_at) > keep_days * 86400:
                 self._remove_entry(self.paths.quarantine / entry.name)
                 removed.append(entry.name)
         return removed

@@ -203,7 +203,9 @@ class Patrol:
         if time.monotonic() >= self._next_cleanup:
             self._cleanup()
         self._serve_requests()
-        requests.forget_old(self._spool.paths.requests, older_than_s=3600.0)
+        if self._spool.ages.look():
+            log.warning("clock-stepped", remedy="nothing is cleaned up for its age before it is as old since now")
+        requests.forget_old(self._spool.paths.requests, self._spool.ages, older_than_s=3600.0)
 
     def _sweep(self) -> None:
         for episode in self._spool.sweep():

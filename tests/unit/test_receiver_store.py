@@ -452,7 +452,7 @@ def test_sweeping(store: Store, uploads: Uploads) -> None:
             age(path)
     store.mend()
     assert [path.name for path in interrupted if path.exists()] == [".tmp-young"] * 2
-    kept = {f"{fresh.token}.{kind}" for kind in ("json", "part", "lock")} | {writing.path.name}
+    kept = {f"{fresh.token}.{kind}" for kind in ("json", "part", "lock")} | {writing.path.name, "clock"}
     assert {path.name for path in root.rglob("*") if path.is_file()} == kept
     with pytest.raises(Superseded):
         stale.partial.write([b"x"])

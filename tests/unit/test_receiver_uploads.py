@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -288,3 +289,25 @@ def test_an_end_before_the_declared_length_tells_only_of_what_is_durable(tmp_pat
     assert ("Upload-Offset", "4") in answer.fields
     assert upload._lock.read().synced == 4
     upload.close()
+
+
+def test_a_clock_that_jumps_forgets_no_upload(uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = b"0123456789"
+    token = send(uploads, data, data[:5])
+    (uploads._directory / ".tmp-in-use").touch()
+    assert uploads.sweep() == 0
+    now = time.time()
+    for years in (3, -5, 30):
+        wall = now + years * 366 * 86400.0
+        monkeypatch.setattr(time, "time", lambda wall=wall: wall)
+        assert uploads.sweep() == 0
+        assert make_uploads(uploads._directory.parent.parent).sweep() == 0  # nor does another process
+    assert uploads.look(token).offset == 5
+
+
+def test_what_a_clock_left_in_the_future_is_of_now(uploads: Uploads) -> None:
+    token = send(uploads, b"0123456789", b"01234")
+    for path in uploads._directory.glob(f"{token}.*"):
+        os.utime(path, (time.time() + 1e9,) * 2)
+    assert uploads.sweep() == 0
+    assert all(path.stat().st_mtime <= time.time() for path in uploads._directory.glob(f"{token}.*"))

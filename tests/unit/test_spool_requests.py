@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from sample import files_below, hold_record, make_episode
 
+from fastship.ages import Ages
 from fastship.errors import UsageError
 from fastship.spool import Spool, requests
 from fastship.spool.requests import Answer, Effect, Request
@@ -103,7 +104,9 @@ def test_old_answers_are_forgotten(spool: Spool) -> None:
     (directory / "directory").mkdir()
     for name in ("old.answer", "directory"):
         os.utime(directory / name, (1, 1))
-    requests.forget_old(directory, older_than_s=3600.0)
+    ages = Ages(directory.parent / "clock.json")
+    ages.look()
+    requests.forget_old(directory, ages, older_than_s=3600.0)
     assert sorted(os.listdir(directory)) == ["directory", "new.answer"]
 
 

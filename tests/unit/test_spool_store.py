@@ -532,3 +532,15 @@ def test_a_quarantine_that_the_disk_refuses_is_taken_back(spool: Spool, monkeypa
 
 def raise_full(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("years", [30, -30])
+def test_a_clock_that_jumps_cleans_no_quarantine(spool: Spool, monkeypatch: pytest.MonkeyPatch, years: int) -> None:
+    make_episode(spool.paths.episodes, "ep")
+    condemn(spool, "ep")
+    assert spool.clean_quarantine(1) == []
+    wall = time.time() + years * 366 * 86400.0
+    monkeypatch.setattr(time, "time", lambda: wall)
+    assert spool.clean_quarantine(1) == []
+    again = Spool(spool.paths.root)  # nor after a restart
+    assert again.clean_quarantine(1) == []
