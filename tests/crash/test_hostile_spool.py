@@ -191,6 +191,7 @@ def shallow(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["rm", "-rf", *(path for path in tmp_path.iterdir())], check=True)
 
 
+@pytest.mark.timeout(900 if faults.SHARE > 0.1 else 120)
 def test_each_kind_comes_to_its_end_and_back(shallow: Path) -> None:
     with contextlib.closing(Receiver(shallow / "store")) as receiver:
         lab = Lab(shallow, receiver.url, {"workers": {"count": 2}})
@@ -534,6 +535,7 @@ def fine_timestamps() -> bool:
     return (int(major), int("".join(filter(str.isdigit, minor)))) >= (6, 13)
 
 
+@pytest.mark.timeout(900 if faults.SHARE > 0.1 else 120)
 def test_an_episode_that_changes_is_shipped_as_it_was_at_one_moment_or_not_at_all(
     make_lab: MakeLab, tmp_path: Path
 ) -> None:
@@ -600,6 +602,7 @@ def test_an_episode_whose_marker_goes_before_it_is_packed_is_not_shipped(make_la
 # --- very many ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(900 if faults.SHARE > 0.1 else 120)
 def test_very_many_entries_that_are_no_episodes(make_lab: MakeLab, receiver: Receiver) -> None:
     lab = make_lab(receiver.url)
     entries = faults.times(100_000, least=2_000)
@@ -633,6 +636,7 @@ NAME_BYTES = 200
 """Memory that each file of one directory may cost a process: its name, several times over (measured: 65)."""
 
 
+@pytest.mark.timeout(900 if faults.SHARE > 0.1 else 120)
 def test_very_many_files_in_one_episode(make_lab: MakeLab, tmp_path: Path) -> None:
     files = faults.times(1_000_000, least=20_000)
     with contextlib.closing(Receiver(tmp_path / "store")) as receiver:

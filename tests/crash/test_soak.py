@@ -25,6 +25,7 @@ SLACK = Sample(rss_bytes=48 << 20, descriptors=40, threads=16)
 that are not at their largest yet. A leak of a descriptor or a thread each time is far more over ten minutes."""
 
 
+@pytest.mark.timeout(2 * SECONDS + 300)
 def test_long_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
