@@ -109,13 +109,18 @@ def read_pieces(chosen: Chosen, options: PackOptions, limit_bytes: int) -> list[
 
 
 def regular_files(chosen: Chosen) -> Iterator[str]:
-    """The paths of the episodes' regular files; links are not followed."""
+    """The paths of the episodes' regular files; links are not followed, and what no path leads to is left out.
+
+    Not by `os.walk`, which recurses: directories may be nested deeper than Python's stack.
+    """
     for path in chosen.paths:
-        for directory, _, names in os.walk(path):
-            for name in sorted(names):
-                full = os.path.join(directory, name)
-                if os.path.isfile(full) and not os.path.islink(full):
-                    yield full
+        directories = [os.fspath(path)]
+        while directories:
+            entries: list[os.DirEntry[str]] = []
+            with contextlib.suppress(OSError), os.scandir(directories.pop()) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+            yield from (entry.path for entry in entries if entry.is_file(follow_symlinks=False))
+            directories += [entry.path for entry in reversed(entries) if entry.is_dir(follow_symlinks=False)]
 
 
 def _window(number: int, frame_bytes: int) -> tuple[int, int]:

@@ -9,8 +9,9 @@ import pytest
 from lab import tree
 
 from fastship.errors import UsageError
-from fastship.pack import PackOptions
-from fastship.tune.episodes import choose, cut, generate, read_pieces, regular_files
+from fastship.pack import EpisodeSize, PackOptions
+from fastship.spool.removal import remove_tree
+from fastship.tune.episodes import Chosen, choose, cut, generate, read_pieces, regular_files
 
 OPTIONS = PackOptions(frame_bytes=4096)
 LIMIT_BYTES = 1_000_000
@@ -101,6 +102,22 @@ def test_generated_episodes_are_the_same_each_time(tmp_path: Path) -> None:
     assert first.bytes == second.bytes > 400_000
     contents = [[Path(path).read_bytes() for path in regular_files(one)] for one in (first, second)]
     assert contents[0] == contents[1]
+
+
+def test_files_of_a_directory_deeper_than_pythons_stack(tmp_path: Path) -> None:
+    fd = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(1200):
+        os.close(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=fd))
+        os.mkdir("d", dir_fd=fd)
+        below = os.open("d", os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(fd)
+    try:
+        chosen = Chosen((tmp_path,), (EpisodeSize(0, 0, complete=True),), "here", generated=False)
+        assert sum(1 for _ in regular_files(chosen)) == 1200
+    finally:
+        remove_tree(tmp_path / "d")
 
 
 def test_pieces_are_cut_into_smaller_frames() -> None:
