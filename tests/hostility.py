@@ -78,7 +78,18 @@ class Hostility:
         """Ids that traverse, that are encoded twice, that are no names."""
         draw = self.draw
         method = draw.choice(["GET", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "POST", "TRACE"])
-        prefix = draw.choice(["/v1/episodes/", "/v1/uploads/", "/v1/receipts/", "/v1/", "/", "//", "/v1/episodes//"])
+        prefix = draw.choice(
+            [
+                "/v1/episodes/",
+                "/v1/uploads/",
+                "/v1/receipts/",
+                "/v1/verifications/",
+                "/v1/",
+                "/",
+                "//",
+                "/v1/episodes//",
+            ]
+        )
         return self._request("target", method, prefix + self._name())
 
     def _fields(self) -> Attack:

@@ -111,13 +111,14 @@ class Server:
         }
         return self.request("PATCH", location, data, **{**declared, **fields})
 
-    def begin_append(self, location: str, data: bytes, offset: int, send: int) -> socket.socket:
+    def begin_append(self, location: str, data: bytes, offset: int, send: int, **fields: str) -> socket.socket:
         """A PATCH of all of ``data`` of which only ``send`` bytes are sent."""
         connection = socket.create_connection((self.host, self.port), timeout=WAIT_S)
         head = (
             f"PATCH {location} HTTP/1.1\r\nHost: x\r\nContent-Type: application/partial-upload\r\n"
-            f"Upload-Offset: {offset}\r\nUpload-Complete: ?1\r\nContent-Length: {len(data)}\r\n\r\n"
+            f"Upload-Offset: {offset}\r\nUpload-Complete: ?1\r\nContent-Length: {len(data)}\r\n"
         )
+        head += "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items()) + "\r\n"
         connection.sendall(head.encode() + data[:send])
         return connection
 
@@ -163,12 +164,12 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def check_stored(server: Server, episode: str, data: bytes) -> None:
+def check_stored(server: Server, episode: str, data: bytes, **fields: str) -> None:
     """Artifact, receipt and what HTTP gives of both are of ``data``."""
     assert server.stored(episode) == data
     on_disk = json.loads((server.root / "episodes" / f"{episode}.receipt.json").read_bytes())
     assert on_disk["artifact"] == {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    assert server.request("GET", f"/v1/receipts/{episode}").json() == on_disk
-    got = server.request("GET", f"/v1/episodes/{episode}")
+    assert server.request("GET", f"/v1/receipts/{episode}", **fields).json() == on_disk
+    got = server.request("GET", f"/v1/episodes/{episode}", **fields)
     assert got.body == data
     assert got.headers["repr-digest"] == sha256_field(data)

@@ -1,7 +1,12 @@
-"""Who may store and which recorders' commits are taken: two files that an operator edits while the receiver runs.
+"""Who may store, how much of it, and which recorders' commits are taken: two files that are edited while it runs.
 
-What always holds: a changed file is in force at the next request; a file that cannot be read any more leaves what
-was last read in force (and is logged once); tokens are compared in constant time and never logged.
+A line of the token file is ``TOKEN [name=NAME] [rate=N/s] [uploads=N] [upload-bytes=SIZE] [# comment]``. Who calls is
+known by NAME, where there is one, so that a new token of the same name goes on with the old one's uploads; else by
+the token itself.
+
+What always holds: a changed file is in force at the next request; a file that cannot be read or understood any more
+leaves what was last read in force (and is logged once); tokens are compared in constant time and never logged, nor is
+any word of their lines: it may be one of a token.
 
 Blocks for one ``stat`` a call, and to read a changed file. Imported by ``app``.
 """
@@ -15,14 +20,17 @@ import os
 import re
 import threading
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
 
 from fastship.errors import ReceiverError
+from fastship.settings.units import parse_size
 
 _log = logging.getLogger("fastship.receiver")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_RATE = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)/s")
 _REMEDIATION = re.compile(r"#\s*remediation:\s*(.*)", re.IGNORECASE)
 
 T = TypeVar("T")
@@ -37,7 +45,7 @@ class _Watched(Generic[T]):
         self._lock = threading.Lock()
         try:
             self._value = self._read()
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ReceiverError(
                 f"receiver.{setting}: {path} cannot be read: {error}", remedy="make it readable for the receiver"
             ) from None
@@ -58,17 +66,69 @@ class _Watched(Generic[T]):
                 stat = os.stat(self._path)
                 if (stat.st_mtime_ns, stat.st_size, stat.st_ino) != self._seen:
                     self._value = self._read()
-            except (OSError, UnicodeDecodeError) as error:
+            except (OSError, ValueError) as error:
                 if self._seen is not None:
                     _log.error("%s cannot be read, its last content stays in force: %s", self._path, error)
                 self._seen = None  # read it as soon as it can be again
             return self._value
 
 
-class _TokenFile(_Watched[tuple[bytes, ...]]):
-    def parse(self, text: str) -> tuple[bytes, ...]:
-        lines = (line.strip() for line in text.splitlines())
-        return tuple(_digest(line) for line in lines if line and not line.startswith("#"))
+class Limits(NamedTuple):
+    """What one caller may do; 0: no limit."""
+
+    rate: float = 0.0  # requests a second
+    uploads: int = 0  # unfinished
+    upload_bytes: int = 0
+
+
+NO_LIMITS = Limits()
+
+
+class Caller(NamedTuple):
+    """Who sent a request. ``owner`` tells nothing of the token; "" where there are none."""
+
+    owner: str = ""
+    limits: Limits = NO_LIMITS
+
+
+class _TokenFile(_Watched[dict[bytes, Caller]]):
+    def __init__(self, path: str, setting: str, key: bytes, limits: Limits) -> None:
+        self._key = key
+        self._limits = limits
+        super().__init__(path, setting)
+
+    def parse(self, text: str) -> dict[bytes, Caller]:
+        callers = {}
+        for number, line in enumerate(text.splitlines(), 1):
+            words = line.split()
+            if words and not words[0].startswith("#"):
+                try:
+                    callers[_digest(words[0])] = self._caller(words)
+                except ValueError:
+                    raise ValueError(
+                        f"line {number}: after the token may stand name=NAME, rate=N/s, uploads=N, upload-bytes=SIZE"
+                    ) from None
+        return callers
+
+    def _caller(self, words: list[str]) -> Caller:
+        # Keyed: what is kept of a token beside its uploads cannot be used to guess it.
+        owner = "token:" + hmac.new(self._key, words[0].encode(), hashlib.sha256).hexdigest()[:32]
+        limits = self._limits
+        for word in words[1:]:
+            if word.startswith("#"):
+                break
+            key, _, value = word.partition("=")
+            if key == "name" and _NAME.fullmatch(value):
+                owner = f"name:{value}"
+            elif key == "rate" and (rate := _RATE.fullmatch(value)):
+                limits = limits._replace(rate=float(rate[1]))
+            elif key == "uploads" and value.isascii() and value.isdigit():
+                limits = limits._replace(uploads=int(value))
+            elif key == "upload-bytes":
+                limits = limits._replace(upload_bytes=parse_size(value))
+            else:
+                raise ValueError
+        return Caller(owner, limits)
 
 
 class CommitList(msgspec.Struct, frozen=True):
@@ -95,22 +155,31 @@ class _CommitFile(_Watched[CommitList]):
 
 
 class Access:
-    """The two lists. ``""`` for a file: everybody, or any commit. Raises `ReceiverError` when one cannot be read."""
+    """The two lists. ``""`` for a file: everybody, or any commit. Raises `ReceiverError` when one cannot be read.
 
-    def __init__(self, token_file: str, commits_file: str) -> None:
-        self._tokens = _TokenFile(token_file, "token_file") if token_file else None
+    ``key`` is a secret of the receiver, ``limits`` are of callers whose line says nothing else.
+    """
+
+    def __init__(self, token_file: str, commits_file: str, key: bytes = b"", limits: Limits = NO_LIMITS) -> None:
+        self._everybody = Caller("", limits)
+        self._tokens = _TokenFile(token_file, "token_file", key, limits) if token_file else None
         self._commits = _CommitFile(commits_file, "commits_file") if commits_file else None
 
-    def allows(self, authorization: str | None) -> bool:
-        """Whether an ``Authorization`` field's value names an accepted bearer token (RFC 6750, section 2.1)."""
+    def caller(self, authorization: str | None) -> Caller | None:
+        """Who has the bearer token of an ``Authorization`` field's value (RFC 6750, section 2.1); None: nobody."""
         if self._tokens is None:
-            return True
+            return self._everybody
         scheme, _, token = (authorization or "").strip().partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
-            return False
+            return None
         given = _digest(token.strip())
         # All are compared, so the time tells nothing of which one was near.
-        return sum([hmac.compare_digest(given, known) for known in self._tokens.value()]) > 0
+        found = [caller for known, caller in self._tokens.value().items() if hmac.compare_digest(given, known)]
+        return found[0] if found else None
+
+    def several(self) -> bool:
+        """Whether there is more than one caller."""
+        return self._tokens is not None and len(self._tokens.value()) > 1
 
     def commits(self) -> CommitList | None:
         """The allow-list now in force; None when there is none."""

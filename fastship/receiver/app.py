@@ -23,16 +23,18 @@ import msgspec
 from fastship import durable, fields
 from fastship.errors import ReceiverError
 from fastship.receiver import answers, decisions
-from fastship.receiver.access import Access
+from fastship.receiver.access import Access, Limits
 from fastship.receiver.answers import Answer
 from fastship.receiver.decisions import Body, Declared, Facts
 from fastship.receiver.direct import Takers
 from fastship.receiver.ending import Ending, storage_failed
 from fastship.receiver.ingest import End, Receive, gather, ingest
+from fastship.receiver.load import Load
 from fastship.receiver.lock import Busy, Superseded
 from fastship.receiver.partial import Partial, Unsynced
 from fastship.receiver.reading import send_artifact
 from fastship.receiver.request import Request, Scope, Send
+from fastship.receiver.shares import Shares
 from fastship.receiver.small import SMALL_BYTES, SMALL_CONTENT_BYTES, Small, SmallStore
 from fastship.receiver.store import Store
 from fastship.receiver.uploads import LengthMismatch, UnknownUpload, Upload
@@ -67,10 +69,12 @@ class Receiver:
         except ImportError as error:
             raise missing_extra(error) from None
         self._settings = settings
-        self._access = Access(settings.token_file, settings.commits_file)
         self._store = Store(settings)
+        limits = Limits(settings.token_rate, settings.token_uploads, settings.token_upload_bytes)
+        self._access = Access(settings.token_file, settings.commits_file, self._store.secret, limits)
         self._uploads = self._store.uploads
         self._ending = Ending(self._store)
+        self._shares = Shares(self._store, settings)
         self._metrics = Metrics()
         self._io = ThreadPoolExecutor(16, "receiver-io")
         self._publishing = ThreadPoolExecutor(8, "receiver-publish")  # fsyncs of several share one commit
@@ -78,9 +82,7 @@ class Receiver:
         self._takers = Takers()
         self._small = SmallStore(self._store, self._decide)
         self._verifications = Verifications(self._store)
-        self._held_bytes = 0
-        self._open_bodies = 0
-        self._reading = 0  # artifacts that are being sent
+        self._load = Load(settings.max_requests)
         self._mending: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -138,9 +140,14 @@ class Receiver:
         """The answer, or None when it was sent already (or there is nobody to send it to)."""
         if request.path == "/healthz":
             return Answer(200, {"status": "ok"})
-        refused = decisions.admit(self._access.allows(request.headers.get("authorization")))
-        if refused is not None:
+        caller = self._access.caller(request.headers.get("authorization"))
+        refused = decisions.admit(caller is not None)
+        if caller is None or refused is not None:
             return refused
+        request.caller = caller
+        wait_s = self._load.wait_s(caller)
+        if wait_s:
+            return decisions.too_often(wait_s)
         if request.path == "/metrics":
             await request.text(self._metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
             return None
@@ -176,15 +183,13 @@ class Receiver:
         receipt = await self._in(self._io, self._store.receipt, episode)
         if receipt is None:
             return answers.error(404, "not-found", f"episode {episode} is not stored here")
-        if self._reading >= self._settings.max_requests and request.method == "GET":
+        if self._load.is_sending_enough():
             return decisions.OVERLOADED
-        self._reading += 1
         try:
-            await send_artifact(request, self._store.artifact_path(episode), receipt, self._io)
+            with self._load.sending():
+                await send_artifact(request, self._store.artifact_path(episode), receipt, self._io)
         except FileNotFoundError:
             return answers.error(404, "not-found", f"episode {episode} is not stored here")
-        finally:
-            self._reading -= 1
         return None
 
     async def _get_receipt(self, _request: Request, episode: str) -> Answer | None:
@@ -199,13 +204,13 @@ class Receiver:
         body = decisions.read_body(request.headers)
         if isinstance(body, Answer):
             return body
-        declared = decisions.read_declared(request.headers, episode, body)
+        declared = decisions.read_declared(request.headers, episode, body, request.caller.owner)
         if isinstance(declared, Answer):
             return declared
         commit = request.headers.get(self._settings.commit_field.lower())
         if self._is_small(request, declared, body):
             return await self._store_small(request, declared, commit, body)
-        facts = await self._in(self._io, self._facts, declared, not body.empty)
+        facts = await self._in(self._io, self._facts, declared, not body.empty and self._is_full(request))
         verdict = decisions.decide_put(declared, commit, facts)
         if verdict is not None:
             return self._count(verdict)
@@ -214,9 +219,12 @@ class Receiver:
         return await self._store_at_once(request, declared, body)
 
     def _decide(self, declared: Declared, commit: str | None) -> Answer | None:
-        return decisions.decide_put(declared, commit, self._facts(declared, True))
+        return decisions.decide_put(declared, commit, self._facts(declared, False))
 
-    def _facts(self, declared: Declared, has_body: bool) -> Facts:
+    def _is_full(self, request: Request) -> bool:
+        return self._load.is_full(request.caller, several=self._access.several())
+
+    def _facts(self, declared: Declared, overloaded: bool) -> Facts:
         settings = self._settings
         return Facts(
             stored=self._store.receipt(declared.episode),
@@ -226,7 +234,7 @@ class Receiver:
             max_bytes=settings.max_bytes,
             commits=self._access.commits(),
             commit_field=settings.commit_field,
-            overloaded=has_body and self._open_bodies >= settings.max_requests,
+            overloaded=overloaded,
         )
 
     def _is_small(self, request: Request, declared: Declared, body: Body) -> bool:
@@ -234,18 +242,19 @@ class Receiver:
         content_bytes = 0 if self._settings.verify == "artifact" else declared.content_bytes
         return (
             body.complete is not False
-            and 0 < (body.length or 0) <= min(SMALL_BYTES, _HELD_BYTES - self._held_bytes)
+            and 0 < (body.length or 0) <= min(SMALL_BYTES, _HELD_BYTES - self._load.held_bytes)
             and content_bytes is not None
             and content_bytes <= SMALL_CONTENT_BYTES
             and "expect" not in request.headers
+            and not self._is_full(request)
         )
 
     async def _store_small(self, request: Request, declared: Declared, commit: str | None, body: Body) -> Answer | None:
         """Way 1 for a small artifact."""
         length = body.length or 0
-        self._held_bytes += length
+        self._load.held_bytes += length
         try:
-            with self._one_more_body():
+            with self._one_more_body(request):
                 end, data = await gather(request.receive, idle_timeout_s=IDLE_TIMEOUT_S)
             if end is not End.WHOLE:
                 if declared.sha256 and not body.sha256:
@@ -254,7 +263,7 @@ class Receiver:
             answer = self._small.submit(Small(declared, commit, body, data))
             return self._count(await asyncio.shield(asyncio.wrap_future(answer)))
         finally:
-            self._held_bytes -= length
+            self._load.held_bytes -= length
 
     async def _store_at_once(self, request: Request, declared: Declared, body: Body) -> Answer | None:
         """Way 1: the whole artifact in this body. Until that has come its bytes are a beginning of the upload, too."""
@@ -289,6 +298,9 @@ class Receiver:
 
     async def _create(self, request: Request, declared: Declared, body: Body) -> Answer | None:
         """Way 2, creation: find or begin the upload; the body, if any, is its first bytes."""
+        refused = await self._in(self._io, self._shares.may_begin, request.caller, declared)
+        if refused is not None:
+            return refused
         upload = await self._take(lambda: self._uploads.create(declared, wait_s=_TRY_S))
         if isinstance(upload, Answer):
             return upload
@@ -310,7 +322,8 @@ class Receiver:
 
     async def _patch(self, request: Request, token: str) -> Answer | None:
         """Way 2, append; with ``Upload-Complete: ?1`` the last one, whose answer is the verdict."""
-        ended = await self._in(self._io, self._ending.ended, token)
+        owner = request.caller.owner
+        ended = await self._in(self._io, self._ending.ended, token, owner)
         if ended is not None:
             return ended
         body = decisions.read_body(request.headers)
@@ -319,11 +332,11 @@ class Receiver:
         append = decisions.read_append(request.headers, body)
         if isinstance(append, Answer):
             return append
-        if not body.empty and self._open_bodies >= self._settings.max_requests:
+        if not body.empty and self._is_full(request):
             return decisions.OVERLOADED.with_fields(*answers.about_upload())
-        upload = await self._take(lambda: self._uploads.take(token, wait_s=_TRY_S))
+        upload = await self._take(lambda: self._uploads.take(token, owner, wait_s=_TRY_S))
         if isinstance(upload, Answer):
-            return await self._in(self._io, self._ending.ended, token) or upload
+            return await self._in(self._io, self._ending.ended, token, owner) or upload
         try:
             known = await self._in(self._io, self._ending.known, upload)
             if known is not None:
@@ -331,11 +344,10 @@ class Receiver:
             offset = await self._in(self._io, upload.tell)
             if offset != append.offset:
                 return answers.offset_mismatch(offset, append.offset)
-            if append.length is not None:
-                try:
-                    await self._in(self._io, self._uploads.declare_length, upload, append.length)
-                except LengthMismatch as error:
-                    return answers.length_mismatch(str(error), offset)
+            may = self._shares.may_append
+            refused = await self._in(self._io, may, request.caller, upload, append.length, body.length or 0)
+            if refused is not None:
+                return refused
             stopped, answer = await self._append(request, upload, body)
             if stopped:
                 return answer
@@ -387,8 +399,8 @@ class Receiver:
             return True, answers.length_mismatch("more has come than Upload-Length said", offset)
         return True, _GIVEN_UP.with_fields(*answers.about_upload(offset)) if end is End.IDLE else None
 
-    async def _head_upload(self, _request: Request, token: str) -> Answer | None:
-        look = await self._take(lambda: self._uploads.look(token, wait_s=_TRY_S))
+    async def _head_upload(self, request: Request, token: str) -> Answer | None:
+        look = await self._take(lambda: self._uploads.look(token, request.caller.owner, wait_s=_TRY_S))
         if isinstance(look, Answer):
             return look
         complete = (fields.UPLOAD_COMPLETE, fields.format_boolean(look.ended is not None))
@@ -397,8 +409,8 @@ class Receiver:
             told = (*told, (fields.UPLOAD_LENGTH, str(look.length)))
         return Answer(204, None, told)
 
-    async def _delete_upload(self, _request: Request, token: str) -> Answer | None:
-        gone = await self._take(lambda: self._uploads.cancel(token, wait_s=_TRY_S))
+    async def _delete_upload(self, request: Request, token: str) -> Answer | None:
+        gone = await self._take(lambda: self._uploads.cancel(token, request.caller.owner, wait_s=_TRY_S))
         return gone if isinstance(gone, Answer) else Answer(204)
 
     # --- in threads ------------------------------------------------------------------------------------------
@@ -443,7 +455,7 @@ class Receiver:
     async def _ingest(self, request: Request, partial: Partial, limit: int | None, digest: Any) -> End:
         began = partial.offset
         try:
-            with self._one_more_body():
+            with self._one_more_body(request):
                 return await ingest(
                     request.receive,
                     partial,
@@ -459,14 +471,9 @@ class Receiver:
             request.body_bytes = max(request.body_bytes, partial.offset - began)  # what went past ``receive``, too
 
     @contextlib.contextmanager
-    def _one_more_body(self) -> Iterator[None]:
-        self._open_bodies += 1
-        self._metrics.open_bodies.inc()
-        try:
+    def _one_more_body(self, request: Request) -> Iterator[None]:
+        with self._load.body(request.caller), self._metrics.open_bodies.track_inprogress():
             yield
-        finally:
-            self._open_bodies -= 1
-            self._metrics.open_bodies.dec()
 
     def _limits(self) -> tuple[str, str]:
         limits = {"max-age": int(self._settings.upload_max_age_s)}

@@ -3,20 +3,22 @@
 What always holds: pure functions of values, and the order is that of docs/protocol.md: access, id, size and room,
 commit, already stored, conflict, overload. ``None`` as a decision means: go on.
 
-Imported by ``app``; imports only ``answers``.
+Imported by most of the package; imports only ``answers`` and, for its values, ``access``.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import msgspec
 
 from fastship import fields
 from fastship.episode import Receipt, is_episode_id
 from fastship.receiver import answers
-from fastship.receiver.access import CommitList
+from fastship.receiver.access import CommitList, Limits
 from fastship.receiver.answers import Answer
 
 _COMMIT = re.compile(r"[0-9a-fA-F]{40}")
@@ -31,6 +33,7 @@ class Declared(msgspec.Struct, frozen=True, kw_only=True):
     length: int | None = None  # of the whole artifact, bytes
     content_blake3: str | None = None
     content_bytes: int | None = None
+    owner: str = ""  # of the upload: `access.Caller`; not said by the client
 
 
 class Body(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +47,14 @@ class Body(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def empty(self) -> bool:
         return self.length == 0
+
+
+class Held(NamedTuple):
+    """Unfinished uploads of one owner, and their bytes: of each what it declared, or, where that is more, what came."""
+
+    uploads: int
+    bytes: int
+    of_all: int  # uploads, whoever's
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,7 +99,7 @@ def read_body(headers: Mapping[str, str]) -> Body | Answer:
     return Body(length=length, sha256=sha256, complete=complete, want_digest=want_digest)
 
 
-def read_declared(headers: Mapping[str, str], episode: str, body: Body) -> Declared | Answer:
+def read_declared(headers: Mapping[str, str], episode: str, body: Body, owner: str = "") -> Declared | Answer:
     """What a PUT says of the artifact; 400 or 415 for what cannot be understood rather than a guess."""
     if "content-range" in headers:  # RFC 9110, 14.5: a piece must not be taken for the whole
         return answers.error(400, "bad-field", "Content-Range is not taken here; use a resumable upload")
@@ -110,7 +121,14 @@ def read_declared(headers: Mapping[str, str], episode: str, body: Body) -> Decla
     if isinstance(content, Answer):
         return content
     blake3, content_bytes = content
-    return Declared(episode=episode, sha256=sha256, length=length, content_blake3=blake3, content_bytes=content_bytes)
+    return Declared(
+        episode=episode,
+        sha256=sha256,
+        length=length,
+        content_blake3=blake3,
+        content_bytes=content_bytes,
+        owner=owner,
+    )
 
 
 def _read_content(headers: Mapping[str, str]) -> tuple[str | None, int | None] | Answer:
@@ -194,6 +212,23 @@ def compare(sha256: str | None, content_blake3: str | None, stored: Receipt) -> 
     return answers.conflict(stored) if sha256 is not None else None
 
 
+def decide_share(held: Held, limits: Limits, most_uploads: int, new_bytes: int, *, begins: bool) -> Answer | None:
+    """Whether its owner may have ``new_bytes`` more in unfinished uploads, and with ``begins`` one upload more.
+
+    Nothing here is about the episode: a client waits, or finishes what it has.
+    """
+    if begins and limits.uploads and held.uploads >= limits.uploads:
+        return TOO_MANY_UPLOADS
+    if begins and held.of_all >= most_uploads:
+        return OVERLOADED
+    return QUOTA if limits.upload_bytes and held.bytes + new_bytes > limits.upload_bytes else None
+
+
+def too_often(wait_s: float) -> Answer:
+    text = "this token has a limit of requests a second"
+    return answers.error(429, "rate-limited", text, ("Retry-After", str(max(1, math.ceil(wait_s)))))
+
+
 def too_large(max_bytes: int) -> Answer:
     text = f"this receiver takes artifacts of at most {max_bytes} bytes"
     limit = (fields.UPLOAD_LIMIT, fields.format_limits({"max-size": max_bytes}))
@@ -201,6 +236,10 @@ def too_large(max_bytes: int) -> Answer:
 
 
 OVERLOADED = answers.error(503, "overloaded", "as many requests as are allowed are being served", ("Retry-After", "2"))
+TOO_MANY_UPLOADS = answers.error(
+    429, "too-many-uploads", "this token has as many unfinished uploads as it may have", ("Retry-After", "60")
+)
+QUOTA = answers.error(507, "quota", "this token's unfinished uploads have as many bytes as they may have")
 NO_ROOM = answers.error(507, "no-room", "the receiver's file system has no room for this artifact")
 
 

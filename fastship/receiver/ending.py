@@ -56,7 +56,7 @@ class Ending:
             answer, _ = self.publish(partial, declared)
         if declared.sha256 and answer.status < 300:
             with contextlib.suppress(UnknownUpload, Busy):
-                self._uploads.cancel(self._uploads.token(declared))
+                self._uploads.cancel(self._uploads.token(declared), declared.owner)
         return answer
 
     def finish(self, upload: Upload) -> Answer:
@@ -110,9 +110,9 @@ class Ending:
         self._uploads.remember(upload)
         upload.close()
 
-    def ended(self, token: str) -> Answer | None:
+    def ended(self, token: str, owner: str) -> Answer | None:
         try:
-            look = self._uploads.ended(token)
+            look = self._uploads.ended(token, owner)
         except UnknownUpload:
             return answers.UNKNOWN_UPLOAD
         if look is None or look.ended is None:

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from fastship import fields
+from fastship.receiver.access import Caller
 from fastship.receiver.answers import Answer
 from fastship.receiver.direct import EXTENSION, Direct
 from fastship.receiver.ingest import Message, Receive
@@ -40,6 +41,7 @@ class Request:
             self.headers[name] = f"{self.headers[name]}, {value}" if name in self.headers else value
         self.status = 0
         self.body_bytes = 0
+        self.caller = Caller()
         self._receive = receive
         self._send = send
         length = self.headers.get("content-length", "0").strip()

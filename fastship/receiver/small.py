@@ -144,5 +144,5 @@ class SmallStore:
         declared = storing.small.declared
         if declared.sha256 is not None:
             with contextlib.suppress(UnknownUpload, Busy):
-                self._store.uploads.cancel(self._store.uploads.token(declared), wait_s=0)
+                self._store.uploads.cancel(self._store.uploads.token(declared), declared.owner, wait_s=0)
         return storing.answer or answers.stored(201, storing.prepared.receipt)

@@ -110,7 +110,7 @@ class Store:
         self._stopping = threading.Event()
         try:
             durable.make_directories([self.root])
-            secret = _secret(self.root)
+            self.secret = _secret(self.root)
             inside = (self._uploads / "ended", self._uploads / "bodies")
             durable.make_directories([self._episodes, self._uploads, *inside])  # makes the secret's name durable, too
             if os.stat(self._episodes).st_dev != os.stat(self._uploads).st_dev:
@@ -123,7 +123,7 @@ class Store:
                 f"receiver.root {self.root} cannot be used: {error}", remedy="make it writable for the receiver"
             ) from None
         self._followings = threading.Semaphore(_FOLLOWINGS)
-        self.uploads = Uploads(self._uploads, secret, settings.upload_max_age_s, self._follow)
+        self.uploads = Uploads(self._uploads, self.secret, settings.upload_max_age_s, self._follow)
 
     def stop(self) -> None:
         """Let verifications that are under way end with ``InterruptedError``: nothing is published any more."""

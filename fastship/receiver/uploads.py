@@ -21,7 +21,6 @@ import logging
 import os
 import re
 import secrets
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -29,18 +28,17 @@ from typing import NamedTuple
 import msgspec
 
 from fastship import durable, sealed
-from fastship.ages import STEP_S, Ages
 from fastship.frames import Following
 from fastship.receiver.answers import Answer
-from fastship.receiver.bodies import Bodies, is_free
-from fastship.receiver.decisions import Declared
+from fastship.receiver.bodies import Bodies
+from fastship.receiver.decisions import Declared, Held
 from fastship.receiver.lock import Busy, Gone, State, Superseded, UploadLock
 from fastship.receiver.partial import Digest, Partial, Unsynced, sync_data
 from fastship.receiver.reserved import Reserved
+from fastship.receiver.sweep import Sweep
 
 _log = logging.getLogger("fastship.receiver")
 _TOKEN = re.compile(r"[0-9a-f]{64}")
-_ORPHAN_AGE_S = 3600.0  # of files whose process may still be about to use them
 WAIT_S = 5.0  # for an upload's lock; whoever verifies holds it for longer
 _GENERATIONS = 10**11  # where one may begin; lock has room for ten times as many
 _WRITER_WAIT_S = 60.0  # a HEAD's fdatasync on a slow disk must not end an append
@@ -60,6 +58,7 @@ class Look(msgspec.Struct, frozen=True):
     offset: int
     length: int | None
     ended: Answer | None = None
+    owner: str = ""
 
 
 class Upload:
@@ -125,18 +124,22 @@ class Uploads:
         self._directory = directory
         self._ended = directory / "ended"
         self._secret = secret
-        self._max_age_s = max_age_s
         self._boot = durable.boot_id()
-        self._ages = Ages(directory / "clock")
         self._bodies = Bodies(directory, self._boot)
         self._running: dict[str, _Running] = {}  # of uploads that this process wrote last, by token
-        self._reserved = Reserved(directory, lambda token: getattr(self._read(token), "length", None))
+        self._reserved = Reserved(directory, self._read)
+        self._sweep = Sweep(directory, max_age_s, self._read, self._remove)
 
     def token(self, declared: Declared) -> str:
-        """The same for the same episode and artifact digest, whoever asks and whenever; random without a digest."""
+        """The same for the same episode, artifact digest and owner, whenever it is asked; random without a digest."""
         if declared.sha256 is None:
             return secrets.token_hex(32)
-        return hmac.new(self._secret, f"{declared.episode}|{declared.sha256}".encode(), hashlib.sha256).hexdigest()
+        what = f"{declared.episode}|{declared.sha256}" + (f"|{declared.owner}" if declared.owner else "")
+        return hmac.new(self._secret, what.encode(), hashlib.sha256).hexdigest()
+
+    def is_known(self, declared: Declared) -> bool:
+        """Whether its upload is there to be gone on with."""
+        return declared.sha256 is not None and self._path(self.token(declared), "json").exists()
 
     def one_shot(self, declared: Declared | None = None) -> Partial:
         """A partial of nobody else, for a body that is sent whole.
@@ -176,13 +179,13 @@ class Uploads:
                 lock.close()
                 raise
 
-    def take(self, token: str, *, wait_s: float = WAIT_S) -> Upload:
+    def take(self, token: str, owner: str = "", *, wait_s: float = WAIT_S) -> Upload:
         """Take an upload over, so that whoever wrote before stops. Raises `UnknownUpload`, `Busy`."""
         lock = self._open_lock(token)
         try:
             with lock.locked(wait_s):
                 known = self._read(token)
-                if known is None:
+                if known is None or not _may(owner, known.owner):
                     raise UnknownUpload
                 return self._take(token, known, lock, wait_s)
         except Gone:
@@ -204,21 +207,23 @@ class Uploads:
         with upload.exclusive():
             upload.declared = msgspec.structs.replace(upload.declared, length=length)
             durable.write_file(self._path(upload.token, "json"), sealed.seal(msgspec.json.encode(upload.declared)))
-        self._reserved.note(upload.token, length)
+        self._reserved.note(upload.token, upload.declared)
 
-    def look(self, token: str, *, wait_s: float = WAIT_S) -> Look:
+    def look(self, token: str, owner: str = "", *, wait_s: float = WAIT_S) -> Look:
         """The durable offset, without disturbing a request that is writing. Raises `UnknownUpload`, `Busy`."""
-        ended = self.ended(token)
+        ended = self.ended(token, owner)
         if ended is not None:
             return ended
         try:
             lock = self._open_lock(token)
         except UnknownUpload:
-            ended = self.ended(token)  # it may have ended just now
+            ended = self.ended(token, owner)  # it may have ended just now
             if ended is None:
                 raise
             return ended
         try:
+            if not _may(owner, getattr(self._read(token), "owner", "")):
+                raise UnknownUpload
             self._sync_part(token, lock)  # most of the wait, while the writer goes on
             with lock.locked(wait_s):
                 known = self._read(token)
@@ -227,7 +232,7 @@ class Uploads:
                 state = self._settle(token, lock)
                 return Look(state.synced, known.length)
         except Gone:
-            return self.look(token, wait_s=wait_s)
+            return self.look(token, owner, wait_s=wait_s)
         finally:
             lock.close()
 
@@ -270,30 +275,34 @@ class Uploads:
         """Remove the upload (within `Upload.exclusive`) and keep its final answer as a tombstone, if there is one."""
         token = upload.token
         if answer is not None:
-            tombstone = msgspec.json.encode(Look(upload.partial.offset, upload.declared.length, answer))
+            look = Look(upload.partial.offset, upload.declared.length, answer, upload.declared.owner)
+            tombstone = msgspec.json.encode(look)
             durable.write_file(self._ended / f"{token}.json", tombstone, sync=False)
         self._remove(token)
         upload.ended = True
 
-    def cancel(self, token: str, *, wait_s: float = WAIT_S) -> None:
+    def cancel(self, token: str, owner: str = "", *, wait_s: float = WAIT_S) -> None:
         """Remove an upload or its tombstone; whoever writes stops. Raises `UnknownUpload`, `Busy`."""
-        if durable.unlink_if_present(self._ended / f"{_checked(token)}.json"):
+        if self.ended(token, owner) is not None and durable.unlink_if_present(self._ended / f"{token}.json"):
             return
         lock = self._open_lock(token)
         try:
             with lock.locked(wait_s):
+                if not _may(owner, getattr(self._read(token), "owner", "")):
+                    raise UnknownUpload
                 self._remove(token)
         except Gone:
             raise UnknownUpload from None
         finally:
             lock.close()
 
-    def ended(self, token: str) -> Look | None:
-        """The tombstone."""
+    def ended(self, token: str, owner: str = "") -> Look | None:
+        """The tombstone. Raises `UnknownUpload` for what cannot be a token."""
         try:
-            return msgspec.json.decode((self._ended / f"{_checked(token)}.json").read_bytes(), type=Look)
+            look = msgspec.json.decode((self._ended / f"{_checked(token)}.json").read_bytes(), type=Look)
         except (FileNotFoundError, msgspec.MsgspecError):
             return None
+        return look if _may(owner, look.owner) else None
 
     def declared_bytes(self, but: str | None = None, *, fresh: bool = False) -> int:
         """What unfinished uploads other than ``but`` have declared and not yet sent, less what ``but`` has sent.
@@ -302,68 +311,17 @@ class Uploads:
         """
         return self._reserved.bytes(but, fresh=fresh)
 
-    def sweep(self, is_stored: Callable[[str], bool] = lambda _episode: False) -> int:
-        """Remove what is older than the limit or was left by a crash; the number of files. May be repeated.
+    def held(self, owner: str, *, fresh: bool = False) -> Held:
+        """What ``owner`` has of unfinished uploads, and all have; as up to date as `declared_bytes`."""
+        return self._reserved.held(owner, fresh=fresh)
 
-        An upload of an episode that ``is_stored`` is of no use any more and only promises room: an hour is its limit.
-        Ages are as `Ages` believes them: a clock that jumps forgets no upload. What is of the future, where it was set
-        back, is taken to be made now: else it would stay for as long as the clock was ahead.
-        """
-        ages = self._ages
-        ages.look()
-        removed = 0
-        for entry in [
-            entry for each in (self._directory, self._ended, self._bodies.directory) for entry in os.scandir(each)
-        ]:
-            with contextlib.suppress(FileNotFoundError, UnknownUpload, Busy):
-                mtime = entry.stat().st_mtime
-                if mtime > time.time() + STEP_S:
-                    os.utime(entry.path)
-                age_s = ages.age_s(mtime)
-                token, _, kind = entry.name.rpartition(".")
-                if entry.is_dir():
-                    continue
-                if entry.path.startswith(f"{self._ended}/") or kind == "receipt":
-                    expired = age_s > self._max_age_s
-                elif _TOKEN.fullmatch(token):
-                    known = self._read(token) if kind == "lock" else None
-                    useless = known is not None and is_stored(known.episode)
-                    limit_s = min(_ORPHAN_AGE_S, self._max_age_s) if useless else self._max_age_s
-                    if kind == "lock" and self._is_expired(token, limit_s):
-                        self._expire(token, limit_s)
-                        removed += 1
-                    lockless = kind != "lock" and not self._path(token, "lock").exists()
-                    expired = lockless and age_s > _ORPHAN_AGE_S
-                elif kind == "part":
-                    expired = age_s > _ORPHAN_AGE_S and is_free(entry.path)
-                else:
-                    expired = entry.name.startswith(durable.TEMP_PREFIX) and age_s > _ORPHAN_AGE_S
-                if expired:
-                    removed += durable.unlink_if_present(entry.path)
-        return removed
+    def sweep(self, is_stored: Callable[[str], bool] = lambda _episode: False) -> int:
+        """As `Sweep.run`."""
+        return self._sweep.run(is_stored)
 
     def is_orphan(self, mtime: float) -> bool:
-        """Whether a file that nobody has named is so old, as of the last sweep, that nobody will."""
-        return self._ages.age_s(mtime) > _ORPHAN_AGE_S
-
-    def _expire(self, token: str, limit_s: float) -> None:
-        lock = self._open_lock(token)
-        try:
-            with contextlib.suppress(Gone), lock.locked():
-                if self._is_expired(token, limit_s):  # still: somebody may have gone on with it meanwhile
-                    _log.info("upload %s... was not finished in time and is forgotten", token[:8])
-                    self._remove(token)
-        finally:
-            lock.close()
-
-    def _is_expired(self, token: str, limit_s: float) -> bool:
-        times = []
-        for kind in ("json", "part"):
-            with contextlib.suppress(FileNotFoundError):
-                times.append(os.stat(self._path(token, kind)).st_mtime)
-        if not times:  # a crash between making the lock and the rest
-            return self._ages.age_s(os.stat(self._path(token, "lock")).st_mtime) > _ORPHAN_AGE_S
-        return self._ages.age_s(max(times)) > limit_s
+        """As `Sweep.is_orphan`."""
+        return self._sweep.is_orphan(mtime)
 
     def _begin(self, token: str, declared: Declared, lock: UploadLock) -> None:
         # The part first: a record with no part would be an upload that lost its bytes. Always a new file: what a power
@@ -375,7 +333,7 @@ class Uploads:
             self._path(token, "json"), sealed.seal(msgspec.json.encode(declared))
         )  # makes all three names durable
         lock.write(State(boot=self._boot))
-        self._reserved.note(token, declared.length)
+        self._reserved.note(token, declared)
 
     def _take(
         self, token: str, declared: Declared, lock: UploadLock, wait_s: float, body: Path | None = None
@@ -519,6 +477,10 @@ def _note(lock: UploadLock, generation: int, offset: int) -> None:
         state = lock.read()
         if state.held < 0 or offset <= state.held:
             lock.write(state._replace(synced=max(state.synced, offset)))
+
+
+def _may(owner: str, known: str) -> bool:
+    return not owner or not known or owner == known
 
 
 def _checked(token: str) -> str:

@@ -123,6 +123,10 @@ class ReceiverSettings(Section, frozen=True, kw_only=True, forbid_unknown_fields
     upload_max_age_s: Duration = 7 * 86400.0
     max_requests: Annotated[int, msgspec.Meta(ge=1)] = 256
     max_connections: Annotated[int, msgspec.Meta(ge=1)] = 1000
+    max_uploads: Annotated[int, msgspec.Meta(ge=1)] = 20_000
+    token_rate: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    token_uploads: Count = 2000
+    token_upload_bytes: Size = 0
 
 
 class LogSettings(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from fastship.errors import ReceiverError
-from fastship.receiver.access import Access
+from fastship.receiver.access import Access, Caller, Limits
 
 
 def test_no_files_let_everybody_in() -> None:
     access = Access("", "")
-    assert access.allows(None)
+    assert access.caller(None)
     assert access.commits() is None
 
 
@@ -33,13 +33,13 @@ def test_tokens(tmp_path: Path) -> None:
         ("Bearer \xff", False),
         (None, False),
     ):
-        assert access.allows(value) is allowed, value
+        assert (access.caller(value) is not None) is allowed, value
 
 
 def test_an_empty_list_lets_nobody_in(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     path.write_text("# all revoked\n")
-    assert not Access(str(path), "").allows("Bearer # all revoked")
+    assert not Access(str(path), "").caller("Bearer # all revoked")
 
 
 def test_a_change_is_in_force_at_once_and_a_lost_file_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -47,15 +47,67 @@ def test_a_change_is_in_force_at_once_and_a_lost_file_is_not(tmp_path: Path, cap
     path.write_text("one")
     access = Access(str(path), "")
     path.write_text("other")
-    assert (access.allows("Bearer one"), access.allows("Bearer other")) == (False, True)
+    assert access.caller("Bearer one") is None
+    assert access.caller("Bearer other") is not None
     path.unlink()
     with caplog.at_level(logging.ERROR):
-        assert access.allows("Bearer other")
-        assert access.allows("Bearer other")
+        assert access.caller("Bearer other")
+        assert access.caller("Bearer other")
     assert len(caplog.records) == 1
     assert "other" not in caplog.text.replace(str(tmp_path), "")
     path.write_text("third")
-    assert (access.allows("Bearer other"), access.allows("Bearer third")) == (False, True)
+    assert access.caller("Bearer other") is None
+    assert access.caller("Bearer third") is not None
+
+
+def test_what_may_stand_after_a_token(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(
+        "one  name=host-a  rate=2.5/s uploads=3 upload-bytes=2TB  # its disk is small\n"
+        "two name=host-a # the next one\n"
+        "three\n"
+        "four # rate=1/s\n"
+    )
+    usual = Limits(rate=1.0, uploads=7)
+    access = Access(str(path), "", b"key", usual)
+    one, two, three, four = (access.caller(f"Bearer {token}") for token in ("one", "two", "three", "four"))
+    assert one == Caller("name:host-a", Limits(2.5, 3, 2 * 10**12))
+    assert two == Caller("name:host-a", usual)
+    assert three is not None
+    assert four is not None
+    assert three.limits == four.limits == usual
+    assert three.owner != four.owner
+    assert access.several()
+    elsewhere = Access(str(path), "", b"another key").caller("Bearer three")
+    assert elsewhere is not None
+    assert elsewhere.owner != three.owner  # it cannot be made from the token alone
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "sec-ret nmae=x",
+        "sec-ret rate=5",
+        "sec-ret rate=-1/s",
+        "sec-ret uploads=x",
+        "sec-ret upload-bytes=1XB",
+        "a sec-ret",
+    ],
+)
+def test_what_cannot_stand_there_is_refused_without_telling_it(
+    tmp_path: Path, line: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(f"fine\n{line}\n")
+    with pytest.raises(ReceiverError, match="line 2") as caught:
+        Access(str(path), "")
+    path.write_text("fine\n")
+    access = Access(str(path), "")
+    path.write_text(f"other\n{line}\n")
+    assert access.caller("Bearer fine") is not None
+    assert access.caller("Bearer other") is None
+    assert "line 2" in caplog.text
+    assert "sec-ret" not in caplog.text + str(caught.value)
 
 
 def test_commits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

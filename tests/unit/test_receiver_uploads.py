@@ -158,8 +158,10 @@ def test_an_upload_of_an_episode_that_is_stored_promises_room_for_an_hour_only(u
         for kind in ("json", "part"):
             path = uploads._directory / f"{uploads.token(each)}.{kind}"
             os.utime(path, (path.stat().st_mtime - 7200,) * 2)
+    assert uploads.held("", fresh=True) == (3, 300, 3)
     uploads.sweep(lambda episode: episode == "stored")
-    assert uploads.declared_bytes(fresh=True) == 200
+    assert uploads.held("", fresh=True) == (2, 200, 2)
+    assert uploads.declared_bytes(fresh=True) == 100  # of the one of which something came within the hour
     with pytest.raises(UnknownUpload):
         uploads.look(uploads.token(stale))
     assert uploads.look(uploads.token(fresh)).offset == uploads.look(uploads.token(open_still)).offset == 0

@@ -1,0 +1,58 @@
+"""What of the store a caller may have that it has not filled yet: unfinished uploads, and the room they declare.
+
+What always holds: an upload that there is already is never refused its rest for the number of others; a refusal is
+never about the episode, so no client of ours gives one up for it. Blocks; called in threads. Imported by ``app``.
+"""
+
+from __future__ import annotations
+
+from fastship.receiver import answers, decisions
+from fastship.receiver.access import Caller
+from fastship.receiver.answers import Answer
+from fastship.receiver.decisions import Declared
+from fastship.receiver.store import Store
+from fastship.receiver.uploads import LengthMismatch, Upload
+from fastship.settings import ReceiverSettings
+
+
+class Shares:
+    """Of the uploads of a store."""
+
+    def __init__(self, store: Store, settings: ReceiverSettings) -> None:
+        self._store = store
+        self._uploads = store.uploads
+        self._settings = settings
+
+    def may_begin(self, caller: Caller, declared: Declared) -> Answer | None:
+        """Why the caller may not begin this upload. Two that ask at once may both be let in."""
+        if self._uploads.is_known(declared):
+            return None
+        for fresh in (False, True):  # only where the answer seems to be no the last word is asked for
+            refused = self._decide(caller, declared.length or 0, begins=True, fresh=fresh)
+            if refused is None:
+                return None
+        return refused
+
+    def may_append(self, caller: Caller, upload: Upload, length: int | None, body_bytes: int) -> Answer | None:
+        """Declare an upload's whole length, if it is said with an append; the answer where that cannot be, as for a
+        creation that says it, or where the caller may have no more bytes."""
+        if upload.declared.length is None:
+            more = (length - upload.partial.offset) if length is not None else body_bytes
+            if length is not None and self._settings.max_bytes and length > self._settings.max_bytes:
+                return decisions.too_large(self._settings.max_bytes)
+            if length is not None and more > self._store.room_bytes(None, more):
+                return decisions.NO_ROOM.with_fields(*answers.about_upload())
+            if caller.limits.upload_bytes and more > 0:
+                refused = self._decide(caller, more, begins=False, fresh=True)
+                if refused is not None:
+                    return refused.with_fields(*answers.about_upload())
+        if length is not None:
+            try:
+                self._uploads.declare_length(upload, length)
+            except LengthMismatch as error:
+                return answers.length_mismatch(str(error), upload.partial.offset)
+        return None
+
+    def _decide(self, caller: Caller, new_bytes: int, *, begins: bool, fresh: bool) -> Answer | None:
+        held = self._uploads.held(caller.owner, fresh=fresh)
+        return decisions.decide_share(held, caller.limits, self._settings.max_uploads, new_bytes, begins=begins)
