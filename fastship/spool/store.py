@@ -5,8 +5,8 @@ state before or after it, with nothing lost (argued at each); only the holder of
 change something; an episode's directory is only ever renamed within the spool, never written into, but for the
 reason in a quarantined one.
 
-Imports ``layout``, ``outbox``, ``removal``, ``durable``, ``episode``, ``lifecycle``, ``errors``; the supervisor and the
-shipper import it.
+Imports ``layout``, ``outbox``, ``reason``, ``removal``, ``durable``, ``episode``, ``lifecycle``, ``errors``; the
+supervisor and the shipper import it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from fastship.lifecycle import Facts
 from fastship.spool.journal import Line
 from fastship.spool.layout import Layout, Lock
 from fastship.spool.outbox import Outbox
+from fastship.spool.reason import QuarantineReason, put_reason, read_reason, reason_places
 from fastship.spool.removal import remove_tree
 
 log = logging.getLogger(__name__)  # not structlog: `fastship status` imports this, and structlog is slow to load
 
-REASON_FILE = "quarantine_reason.json"
 _CONDEMNED_PREFIX = ".condemned-"
 _REMOVING_PREFIX = ".removing-"
 _ENTRY_NAME_BYTES = 200  # as long as an id can be
@@ -62,16 +62,6 @@ class HoldRecord(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str  # of the episode when it was held
     artifact_sha256: str
     held_at: str  # UTC
-
-
-class QuarantineReason(msgspec.Struct, frozen=True, kw_only=True):
-    """``quarantine_reason.json`` (shared with the tool that fastship replaced)."""
-
-    status_code: int | None
-    error: str
-    body: str
-    quarantined_at_wall: str  # UTC, %Y-%m-%dT%H:%M:%SZ
-    mtime_ns: int = 0  # of the directory before the reason was put into it
 
 
 class Quarantined(msgspec.Struct, frozen=True, kw_only=True):
@@ -318,23 +308,12 @@ class Spool:
         if source.is_dir() and not target.exists():
             durable.move(source, target)
         if target.is_dir():
-            self._put_reason(target, condemned.reason)
+            put_reason(target, condemned.reason)
         if is_episode_id(name):
             self.outbox.remove(name)
             durable.unlink_if_present(self.paths.holds / f"{name}.json")
         durable.unlink_if_present(path)
         durable.sync_directory(self.paths.quarantine)  # or it would come back and condemn a later episode of that name
-
-    def _put_reason(self, target: Path, reason: QuarantineReason) -> None:
-        # Written outside and moved in: a crash may leave no temporary file among the episode's own.
-        staged = self.paths.quarantine / f"{durable.TEMP_PREFIX}{REASON_FILE}"
-        durable.write_file(staged, msgspec.json.format(msgspec.json.encode(reason)))
-        try:
-            os.rename(staged, target / REASON_FILE)
-            durable.sync_directory(target)
-        except PermissionError:  # a directory of another owner: beside it, then
-            os.rename(staged, target.with_name(f"{target.name}.{REASON_FILE}"))
-        durable.sync_directory(self.paths.quarantine)
 
     def _condemned_path(self, name: str) -> Path:
         # By digest: any name fits, however long or odd.
@@ -349,13 +328,8 @@ class Spool:
         return sorted(found, key=lambda one: one.name)
 
     def _quarantined(self, path: Path) -> Quarantined:
-        reason = None
-        for place in (path / REASON_FILE, path.with_name(f"{path.name}.{REASON_FILE}")):
-            try:
-                reason = msgspec.json.decode(place.read_bytes(), type=QuarantineReason)
-                break
-            except (OSError, msgspec.MsgspecError):
-                continue
+        place, beside = reason_places(path)
+        reason = read_reason(place) or read_reason(beside)
         episode = path.name.split(_LATER)[0]
         return Quarantined(episode=episode, name=path.name, reason=reason, modified_at=path.stat().st_mtime)
 
@@ -371,8 +345,9 @@ class Spool:
         if (self.paths.episodes / episode).exists():
             raise UsageError(f"episodes/{episode} is there already", remedy="give it another id with --as")
         reason = self._quarantined(path).reason
-        inside = durable.unlink_if_present(path / REASON_FILE)
-        durable.unlink_if_present(path.with_name(f"{path.name}.{REASON_FILE}"))
+        place, beside = reason_places(path)
+        inside = read_reason(place) is not None and durable.unlink_if_present(place)
+        durable.unlink_if_present(beside)
         if reason is not None and reason.mtime_ns:
             os.utime(path, ns=(reason.mtime_ns, reason.mtime_ns))  # so its content digest is what it was
         if inside:
@@ -415,7 +390,7 @@ class Spool:
     def _remove_entry(self, path: Path) -> None:
         # A reason beside it goes first, else nobody would remove it after an interruption. Then it is renamed: an
         # interrupted removal is recognised and finished, and never looks like an entry, nor does after a power loss.
-        durable.unlink_if_present(path.with_name(f"{path.name}.{REASON_FILE}"))
+        durable.unlink_if_present(reason_places(path)[1])
         doomed = _free(self.paths.quarantine, f"{_REMOVING_PREFIX}{path.name}")  # one that would not go may be there
         os.rename(path, doomed)
         durable.sync_directory(self.paths.quarantine)

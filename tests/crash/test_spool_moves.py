@@ -22,7 +22,7 @@ from fastship import durable
 from fastship.episode import Manifest
 from fastship.errors import UsageError
 from fastship.spool import Outbox, Spool
-from fastship.spool.store import REASON_FILE
+from fastship.spool.reason import REASON_FILE
 
 CHANGING = ("rename", "replace", "link", "unlink", "remove", "rmdir", "mkdir", "write", "fsync", "utime", "truncate")
 

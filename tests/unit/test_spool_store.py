@@ -17,7 +17,7 @@ from fastship.episode import MARKER
 from fastship.errors import UsageError
 from fastship.lifecycle import State, infer
 from fastship.spool import Spool
-from fastship.spool.store import REASON_FILE
+from fastship.spool.reason import REASON_FILE
 
 
 @pytest.fixture
@@ -286,6 +286,28 @@ def test_quarantine_keeps_the_data_and_says_why(spool: Spool) -> None:
     time.strptime(reason["quarantined_at_wall"], "%Y-%m-%dT%H:%M:%SZ")
     assert os.listdir(spool.paths.outbox) == []
     assert os.listdir(spool.paths.quarantine) == ["ep"]
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "link"])
+def test_a_file_that_the_recorder_named_like_the_reason_is_kept(spool: Spool, kind: str) -> None:
+    own = make_episode(spool.paths.episodes, "ep") / REASON_FILE
+    if kind == "file":
+        own.write_bytes(b"the recorder's")
+    elif kind == "directory":
+        own.mkdir()
+        (own / "file").write_bytes(b"the recorder's")
+    else:
+        own.symlink_to("data.bin")
+    before = files_below(spool.paths.episodes / "ep")
+    target = condemn(spool, "ep", error="not this")
+    assert files_below(target) == before
+    (entry,) = spool.quarantined()
+    assert entry.reason is not None
+    assert entry.reason.error == "not this"
+    assert spool.retry("ep") == "ep"
+    assert files_below(spool.paths.episodes / "ep") == before
+    assert os.path.lexists(spool.paths.episodes / "ep" / REASON_FILE)
+    assert os.listdir(spool.paths.quarantine) == []
 
 
 def test_quarantine_beside_an_older_one(spool: Spool) -> None:
