@@ -98,6 +98,17 @@ class DiskStatus(msgspec.Struct, frozen=True, kw_only=True):
     seconds_to_full: float | None = None  # if it goes on as it went; None: not for a year, or not known yet
 
 
+class RetentionStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Copies in ``shipped/``, of a daemon that is told to remove some."""
+
+    copies: int = 0  # with a receipt
+    bytes: int = 0
+    removed: int = 0  # since the start
+    kept: int = 0  # that should go, and which the receiver did not confirm
+    why: str = ""  # the last of these was kept
+    waits: str = ""  # why nobody could be asked
+
+
 class DiskPressure(msgspec.Struct, frozen=True, kw_only=True):
     """``state/pressure.json``, for recorders: what docs/operations.md promises of it stays."""
 
@@ -129,6 +140,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     workers: list[WorkerStatus] = []
     host: HostStatus | None = None  # None: it does not give way
     disk: DiskStatus | None = None
+    retention: RetentionStatus | None = None  # None: no copies are to be removed
 
 
 def write(state: Path, snapshot: Snapshot) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from fastship.cli.output import format_bytes, format_rate, format_ratio, format_seconds, printable
-from fastship.status import DiskStatus, EpisodeProgress, EpisodeResult, HostStatus, Snapshot
+from fastship.status import DiskStatus, EpisodeProgress, EpisodeResult, HostStatus, RetentionStatus, Snapshot
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -203,6 +203,16 @@ def disk_line(disk: DiskStatus) -> str:
         full = disk.outbox_limit_bytes and disk.outbox_bytes >= disk.outbox_limit_bytes
         why = "the outbox has all that it may have" if full else "what is packed is shipped first"
         text += f": {why}, one artifact at a time is packed"
+    return text
+
+
+def copies_line(retention: RetentionStatus) -> str:
+    """``12 in shipped/ (3.2 GB), 4 removed, 1 kept: ep-1: the receiver does not have it``."""
+    text = f"{retention.copies} in shipped/ ({format_bytes(retention.bytes)}), {retention.removed} removed"
+    if retention.kept:
+        text += f", {retention.kept} kept that should go: {retention.why}"
+    if retention.waits:
+        text += f"; nobody can be asked: {retention.waits}"
     return text
 
 

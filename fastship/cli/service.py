@@ -169,7 +169,7 @@ def status(invocation: Invocation, source: SettingsSource, as_json: bool) -> Non
 
 
 def _write_snapshot(snapshot: status_file.Snapshot, *, running: bool) -> None:
-    from fastship.cli.display import disk_line, packing_line
+    from fastship.cli.display import copies_line, disk_line, packing_line
 
     totals, target = snapshot.totals, snapshot.destination
     volume = f", {format_bytes(totals.bytes_in)} -> {format_bytes(totals.bytes_out)}" if totals.bytes_out else ""
@@ -182,6 +182,8 @@ def _write_snapshot(snapshot: status_file.Snapshot, *, running: bool) -> None:
             write_line(f"packing      {packing_line(snapshot.host)}")
         if snapshot.disk is not None:
             write_line(f"disk         {disk_line(snapshot.disk)}")
+        if snapshot.retention is not None:
+            write_line(f"copies       {printable(copies_line(snapshot.retention))}")
     if running and snapshot.progress:
         write_line()
         rows = [

@@ -103,6 +103,9 @@ class DiskSettings(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class RetentionSettings(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     quarantine_keep_days: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     quarantine_cleanup_interval_s: Duration = 3600.0
+    shipped_keep_days: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    shipped_max_bytes: Size = 0
+    shipped_make_room: bool = False
 
 
 class ReceiverSettings(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -31,6 +31,7 @@ from fastship.supervisor.crew import Crew, Hand
 from fastship.supervisor.disk import DiskWatch
 from fastship.supervisor.host import Courtesy, most_threads, thread_count
 from fastship.supervisor.patrol import Patrol
+from fastship.supervisor.retention import Retention
 from fastship.supervisor.signals import Signals
 from fastship.supervisor.tally import Tally
 
@@ -72,6 +73,7 @@ class Supervisor:
         self._tally = Tally(settings.destination.url, once=once)
         self._courtesy = Courtesy(settings)
         self._disk = DiskWatch(settings, self._spool, self._book)
+        self._retention = Retention(settings, self._spool)
         self._drain_until: float | None = None
         self._deciding = False
         self._stopping = False
@@ -97,6 +99,7 @@ class Supervisor:
             self._flush_retirements()  # what was proven until the last moment; ending workers may take a while
             self._crew.dismiss()
             self._patrol.close()
+            self._retention.close()
             self._report(final=True)
             self._lock.release()
             self._selector.close()
@@ -130,6 +133,7 @@ class Supervisor:
     def _scan(self) -> None:
         if not self._once and self._drain_until is None:
             self._patrol.turn(self._heartbeat)
+            self._retention.turn(missing_bytes=self._disk.missing_bytes, paused=self._book.breaker.paused)
 
     def _decide_by_time(self) -> None:
         self._look_at_disk()
@@ -402,6 +406,8 @@ class Supervisor:
             self._book.begin_afresh(policy)
             self._courtesy = Courtesy(new)
             self._disk = DiskWatch(new, self._spool, self._book)
+            self._retention.close()
+            self._retention = Retention(new, self._spool)
             self._tally.url = new.destination.url
             self._spool.order = new.spool.order
             self._patrol.settings = self._crew.settings = new
@@ -429,6 +435,7 @@ class Supervisor:
             draining=self._drain_until is not None,
             host=None if self._once else self._courtesy.status(),
             disk=self._disk.status,
+            retention=self._retention.status,
         )
         if written and not final and not self._lock.is_ours():
             raise SpoolBusy(

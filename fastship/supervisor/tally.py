@@ -106,6 +106,7 @@ class Tally:
         draining: bool,
         host: status.HostStatus | None = None,
         disk: status.DiskStatus | None = None,
+        retention: status.RetentionStatus | None = None,
     ) -> status.Snapshot:
         """Everything, now."""
         present = list(hands)
@@ -119,6 +120,7 @@ class Tally:
             draining=draining,
             host=host,
             disk=disk,
+            retention=retention,
             ready=len(book.ready) + len(book.waiting),
             recording=recording,
             held=book.count(State.HELD),

@@ -21,7 +21,7 @@ from sample import MTIME_NS, files_below, hold_record, make_episode, put_artifac
 from fastship import durable
 from fastship.episode import Manifest
 from fastship.errors import UsageError
-from fastship.spool import Outbox, Spool
+from fastship.spool import Outbox, Shelf, Spool
 from fastship.spool.reason import REASON_FILE
 
 CHANGING = ("rename", "replace", "link", "unlink", "remove", "rmdir", "mkdir", "write", "fsync", "utime", "truncate")
@@ -99,6 +99,11 @@ def prepare_retire(spool: Spool) -> None:
     for name in ("a", "b", "c"):
         make_episode(spool.paths.episodes, name, content=name.encode())
         put_artifact(spool, name)
+
+
+def prepare_shipped(spool: Spool) -> None:
+    for name in ("a", "b"):
+        make_episode(spool.paths.shipped, name, content=name.encode())
 
 
 def prepare_quarantine(spool: Spool) -> None:
@@ -189,6 +194,12 @@ MOVES = {
         {"old": "quarantine/old", "young": "quarantine/young"},
         {"old": None, "young": "quarantine/young"},
     ),
+    "remove a copy": Move(
+        prepare_shipped,
+        lambda spool: Shelf(spool.paths).remove("a"),
+        {"a": "shipped/a", "b": "shipped/b"},
+        {"a": None, "b": "shipped/b"},
+    ),
 }
 
 
@@ -217,6 +228,7 @@ def repaired(root: Path) -> Spool:
     spool.create()
     spool.remove_temporaries()
     spool.finish_quarantines()
+    Shelf(spool.paths).finish_removals()
     spool.sweep()
     return spool
 
