@@ -37,7 +37,7 @@ from fastship.receiver.request import Request, Scope, Send
 from fastship.receiver.shares import Shares
 from fastship.receiver.small import SMALL_BYTES, SMALL_CONTENT_BYTES, Small, SmallStore
 from fastship.receiver.store import Store
-from fastship.receiver.uploads import LengthMismatch, UnknownUpload, Upload
+from fastship.receiver.uploads import LengthMismatch, UnknownUpload, Upload, WrongOffset
 from fastship.receiver.verification import Verifications
 from fastship.settings import ReceiverSettings
 
@@ -334,7 +334,7 @@ class Receiver:
             return append
         if not body.empty and self._is_full(request):
             return decisions.OVERLOADED.with_fields(*answers.about_upload())
-        upload = await self._take(lambda: self._uploads.take(token, owner, wait_s=_TRY_S))
+        upload = await self._take(lambda: self._uploads.take(token, owner, offset=append.offset, wait_s=_TRY_S))
         if isinstance(upload, Answer):
             return await self._in(self._io, self._ending.ended, token, owner) or upload
         try:
@@ -442,6 +442,8 @@ class Receiver:
                 return await self._in(self._io, function)
             except UnknownUpload:
                 return answers.UNKNOWN_UPLOAD
+            except WrongOffset as error:
+                return answers.offset_mismatch(error.offset, error.wanted)
             except LengthMismatch as error:
                 return answers.error(
                     400, "inconsistent-length", str(error), *answers.about_upload(), type=answers.LENGTH_MISMATCH

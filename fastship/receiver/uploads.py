@@ -52,6 +52,14 @@ class LengthMismatch(Exception):
     """The length declared now is not the one declared before, or less than what has arrived."""
 
 
+class WrongOffset(Exception):
+    """The upload does not stand where the request wants to append, but at ``offset``, which is durable."""
+
+    def __init__(self, offset: int, wanted: int) -> None:
+        super().__init__(f"the upload is at offset {offset}, not {wanted}")
+        self.offset, self.wanted = offset, wanted
+
+
 class Look(msgspec.Struct, frozen=True):
     """What HEAD tells of an upload; ``offset`` is durable."""
 
@@ -179,15 +187,19 @@ class Uploads:
                 lock.close()
                 raise
 
-    def take(self, token: str, owner: str = "", *, wait_s: float = WAIT_S) -> Upload:
-        """Take an upload over, so that whoever wrote before stops. Raises `UnknownUpload`, `Busy`."""
+    def take(self, token: str, owner: str = "", *, offset: int | None = None, wait_s: float = WAIT_S) -> Upload:
+        """Take an upload over, so that whoever wrote before stops. Raises `UnknownUpload`, `Busy`.
+
+        ``offset``: only where it stands there. Raises `WrongOffset`, and whoever writes goes on: what wants to append
+        elsewhere may be an old request that was held up, or sent twice, on its way.
+        """
         lock = self._open_lock(token)
         try:
             with lock.locked(wait_s):
                 known = self._read(token)
                 if known is None or not _may(owner, known.owner):
                     raise UnknownUpload
-                return self._take(token, known, lock, wait_s)
+                return self._take(token, known, lock, wait_s, offset=offset)
         except Gone:
             lock.close()
             raise UnknownUpload from None
@@ -253,7 +265,7 @@ class Uploads:
                 self._begin(token, declared, lock)
             elif begin_only or self._settle(token, lock).synced >= partial.offset:
                 return  # nothing to add: whoever may be writing there is not disturbed
-            upload = self._take(token, known or declared, lock, WAIT_S, partial.path)
+            upload = self._take(token, known or declared, lock, WAIT_S, body=partial.path)
             with contextlib.closing(upload.partial):
                 ours = os.path.samestat(os.fstat(upload.partial.fd), os.fstat(partial.fd))
                 if ours and upload.partial.offset == partial.offset and partial.running is not None:
@@ -336,13 +348,25 @@ class Uploads:
         self._reserved.note(token, declared)
 
     def _take(
-        self, token: str, declared: Declared, lock: UploadLock, wait_s: float, body: Path | None = None
+        self,
+        token: str,
+        declared: Declared,
+        lock: UploadLock,
+        wait_s: float,
+        *,
+        body: Path | None = None,
+        offset: int | None = None,
     ) -> Upload:
         """Under the lock: a new generation, at the offset that stands, or where an older one-shot body has more, there.
 
-        ``body``: of the bodies only this. Raises `Busy` after ``wait_s``.
+        ``body``: of the bodies only this; ``offset``: see `take`. Raises `Busy` after ``wait_s``.
         """
-        before = self._settle(token, lock, grow=True)
+        before = self._settle(token, lock, grow=offset is None)
+        if offset is not None:
+            if before.synced != offset:
+                raise WrongOffset(before.synced, offset)
+            if before.held >= 0:
+                before = self._settle(token, lock, grow=True)
         path = self._path(token, "part")
         generation = before.generation + 1
 

@@ -17,7 +17,7 @@ from fastship.receiver.decisions import Declared
 from fastship.receiver.ending import Ending
 from fastship.receiver.lock import Superseded
 from fastship.receiver.store import Store
-from fastship.receiver.uploads import LengthMismatch, UnknownUpload, Uploads
+from fastship.receiver.uploads import LengthMismatch, UnknownUpload, Uploads, WrongOffset
 from fastship.settings import ReceiverSettings
 
 
@@ -124,6 +124,36 @@ def test_bytes_that_failed_to_sync_are_never_told(uploads: Uploads, monkeypatch:
     again = uploads.create(declared(data))
     assert again.partial.offset == 0
     again.close()
+
+
+def test_a_request_that_is_late_takes_nothing_over(uploads: Uploads) -> None:
+    """An append that was sent twice on its way, or held up, comes while the next one is being written."""
+    data = b"0123456789"
+    token = send(uploads, data, b"012")
+    upload = uploads.take(token, offset=3)
+    upload.partial.write([b"34"])
+    for late in (0, 3, 9):
+        with pytest.raises(WrongOffset) as found:
+            uploads.take(token, offset=late)
+        assert found.value.offset == 5
+    upload.partial.write([b"56789"])  # it is this one's still
+    assert upload.partial.digest() == declared(data).sha256
+    upload.close()
+
+
+def test_a_late_request_disturbs_no_append_with_a_digest_of_its_own(uploads: Uploads) -> None:
+    token = send(uploads, b"0123456789", b"012")
+    upload = uploads.take(token, offset=3)
+    upload.hold(3)
+    upload.partial.write([b"34"])
+    with pytest.raises(WrongOffset):
+        uploads.take(token, offset=5)  # its bytes do not count yet
+    upload.hold(-1)
+    assert upload.tell() == 5
+    newer = uploads.take(token, offset=5)
+    assert newer.partial.offset == 5
+    upload.close()
+    newer.close()
 
 
 def test_what_others_will_send_is_known_without_reading_every_record_again(
