@@ -11,12 +11,13 @@ from fastship.frames.kept import KeptFrames
 from fastship.frames.memory import pool_bytes
 from fastship.frames.reader import ArtifactReader, ReadAt
 from fastship.frames.tar import Header, NotTar, TarReader
-from fastship.frames.verify import ReadAgain, VerifiedContent, read_again, verify_content
+from fastship.frames.verify import Bomb, ReadAgain, VerifiedContent, read_again, verify_content
 from fastship.frames.writer import ArtifactWriter
 
 __all__ = [
     "ArtifactReader",
     "ArtifactWriter",
+    "Bomb",
     "Following",
     "FramePool",
     "FrameStream",

@@ -2,9 +2,9 @@
 
 What always holds: `Following` either finds exactly what `verify_content` would find in the whole file, or nothing: at
 the first thing that is not as fastship's own packer writes it (a frame of unknown or large size, damage, more frames
-than are worth it) it gives up without a word, and `verify_content` is the judge, with its limits and its messages.
-What it gives out it has checked in full: every frame decompressed, and the seek table and the member index, which
-come last, compared with what was seen. Memory: T+2 frames of at most 32 MiB each, and 16 bytes a frame.
+or content than are worth it) it gives up without a word, and `verify_content` is the judge, with its limits and its
+messages. What it gives out it has checked in full: every frame decompressed, and the seek table and the member index,
+which come last, compared with what was seen. Memory: T+2 frames of at most 32 MiB each, and 16 bytes a frame.
 
 The file itself is what stands between who writes and who verifies: nothing is buffered, neither waits for the other.
 Imports its siblings; the receiver imports it through ``fastship.frames``.
@@ -25,7 +25,7 @@ from fastship.errors import ArtifactError
 from fastship.frames.reader import WHOLE_FRAME_BYTES, ArtifactReader, FrameThreads, decompress_frame
 from fastship.frames.seektable import SKIPPABLE_HEADER, FrameTable
 from fastship.frames.threads import start_thread
-from fastship.frames.verify import Digested, VerifiedContent, check_index
+from fastship.frames.verify import Digested, VerifiedContent, check_index, most_content_bytes
 
 START_BYTES = 4 << 20  # of a file; what is smaller is verified in some milliseconds when it is whole
 _IDLE_S = 60.0  # without a new byte: whoever appends may have gone, and the thread and its place are others' to have
@@ -45,8 +45,9 @@ class Following:
     `advance` and `abandon` do not block.
     """
 
-    def __init__(self, *, threads: int, place: Callable[[], Callable[[], None] | None]) -> None:
+    def __init__(self, *, threads: int, place: Callable[[], Callable[[], None] | None], max_ratio: int = 0) -> None:
         self._threads = threads
+        self._max_ratio = max_ratio
         self._place = place
         self._changed = threading.Condition()
         self._available = 0
@@ -140,12 +141,15 @@ class Following:
         pending: deque[Callable[[], bytes]] = deque()
         with contextlib.ExitStack() as cleanup:
             pool = cleanup.enter_context(FrameThreads(self._threads)) if self._threads > 1 else None
-            at = 0
+            at = content_bytes = 0
             while self._has_come(at + 1):
                 if len(sizes) >= 2 * _MAX_FRAMES:
                     raise _GivenUp
                 end, size = self._frame(fd, at)
                 sizes.extend((end - at, size))
+                content_bytes += size
+                if self._max_ratio and content_bytes > most_content_bytes(end, self._max_ratio):
+                    raise _GivenUp
                 if size:
                     compressed = os.pread(fd, end - at, at)
                     if pool is None:

@@ -34,16 +34,33 @@ def verify_content(
     *,
     threads: int = 1,
     max_content_bytes: int | None = None,
+    max_ratio: int = 0,
     stopped: Callable[[], bool] = lambda: False,
 ) -> VerifiedContent:
     """Read the artifact at ``path``, with or without seek table, and say what is in it.
 
     Blocks for the length of a decompression (about 1 GB/s of tar stream a thread), without the GIL. The file is not
     changed and the call may be repeated. Raises `ArtifactError` when it is damaged, cut, not zstd, or holds more than
-    ``max_content_bytes`` (None: any size); ``InterruptedError`` soon after ``stopped`` says so.
+    ``max_content_bytes`` (None: any size); `Bomb` when it is one by ``max_ratio`` (0: none is);
+    ``InterruptedError`` soon after ``stopped`` says so.
     """
     with ArtifactReader.open(path) as reader:
-        return _verify(reader, threads, max_content_bytes, stopped)
+        return _verify(reader, threads, max_content_bytes, stopped, max_ratio)
+
+
+class Bomb(ArtifactError):
+    """What the artifact holds is out of all proportion: to unpack it would cost much more than to send it."""
+
+
+RATIO_FROM_BYTES = 1 << 30
+"""Of content: half a second to unpack, whatever the ratio. What a sensor wrote that said nothing is less."""
+_MEMBERS_FROM = 100_000
+"""Members: half a second to look at. Beyond them one a byte of the artifact; real ones take ten and more."""
+
+
+def most_content_bytes(artifact_bytes: int, max_ratio: int) -> int:
+    """What an artifact of so many bytes may hold by ``max_ratio``, which is not 0."""
+    return max(RATIO_FROM_BYTES, artifact_bytes * max_ratio)
 
 
 class ReadAgain(msgspec.Struct, frozen=True):
@@ -98,11 +115,29 @@ class _Passing:
 
 
 def _verify(
-    reader: ArtifactReader, threads: int, max_content_bytes: int | None, stopped: Callable[[], bool]
+    reader: ArtifactReader,
+    threads: int,
+    max_content_bytes: int | None,
+    stopped: Callable[[], bool],
+    max_ratio: int = 0,
 ) -> VerifiedContent:
-    found = Digested(reader.stream(threads), reader.content_bytes or 0, max_content_bytes, stopped).judge()
+    contents = reader.stream(threads)
+    if max_ratio:
+        contents = _in_proportion(contents, reader, max_ratio)
+    most_members = _MEMBERS_FROM + reader.total_bytes if max_ratio else None
+    found = Digested(contents, reader.content_bytes or 0, max_content_bytes, stopped, most_members).judge()
     check_index(reader, found.members)
     return found
+
+
+def _in_proportion(contents: Iterator[bytes], reader: ArtifactReader, max_ratio: int) -> Iterator[bytes]:
+    most = most_content_bytes(reader.total_bytes, max_ratio)
+    total = 0
+    for chunk in contents:
+        total += len(chunk)
+        if max(total, reader.content_bytes or 0) > most:
+            raise Bomb(f"it would unpack to more than {max_ratio} times its {reader.total_bytes} bytes")
+        yield chunk
 
 
 def check_index(reader: ArtifactReader, members: int | None) -> None:
@@ -123,11 +158,13 @@ class Digested:
         said_bytes: int = 0,
         limit_bytes: int | None = None,
         stopped: Callable[[], bool] = lambda: False,
+        most_members: int | None = None,
     ) -> None:
         self._contents = contents
         self._said_bytes = said_bytes
         self._limit_bytes = limit_bytes
         self._stopped = stopped
+        self._most_members = most_members
         self._digest = blake3.blake3()
         self._bytes = 0
 
@@ -135,12 +172,19 @@ class Digested:
         """Read all of it, once. Raises `ArtifactError`, ``InterruptedError``, and what the contents raise."""
         chunks = iter(self)
         try:
-            members: int | None = sum(1 for _ in TarReader(chunks))
+            members: int | None = sum(1 for _ in self._counted(TarReader(chunks)))
         except NotTar:
             members = None
         for _ in chunks:  # the zero blocks, or all that follows what is not tar
             pass
         return VerifiedContent(self._digest.hexdigest(), self._bytes, members if self._bytes else None)
+
+    def _counted(self, tar: TarReader) -> Iterator[None]:
+        most = self._most_members
+        for number, _ in enumerate(tar, 1):
+            if most is not None and number > most:
+                raise Bomb(f"it has more than {most} members")
+            yield
 
     def __iter__(self) -> Iterator[bytes]:
         self._check(self._said_bytes)

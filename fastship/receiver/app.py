@@ -78,6 +78,7 @@ class Receiver:
         self._metrics = Metrics()
         self._io = ThreadPoolExecutor(16, "receiver-io")
         self._publishing = ThreadPoolExecutor(8, "receiver-publish")  # fsyncs of several share one commit
+        self._unknown = ThreadPoolExecutor(4, "receiver-unknown")  # of what does not say how long that takes
         self._verifying = ThreadPoolExecutor(2, "receiver-verify")  # of what takes so long that others would wait
         self._takers = Takers()
         self._small = SmallStore(self._store, self._decide)
@@ -93,9 +94,8 @@ class Receiver:
 
     def close(self) -> None:
         """Let threads end; does not wait for them."""
-        self._io.shutdown(wait=False)
-        self._publishing.shutdown(wait=False)
-        self._verifying.shutdown(wait=False)
+        for threads in (self._io, self._publishing, self._unknown, self._verifying):
+            threads.shutdown(wait=False)
         self._takers.close()
         self._small.close()
         self._verifications.close()
@@ -416,9 +416,12 @@ class Receiver:
     # --- in threads ------------------------------------------------------------------------------------------
 
     def _lane(self, partial: Partial, declared: Declared) -> Executor:
-        """The threads for publishing this. What is verified already, or nearly, does not wait behind what is not."""
+        """The threads for publishing this. What is verified already, or nearly, does not wait behind what is not, and
+        what says how much it holds not behind what does not, and may hold a thousand times its size."""
         following = partial.following is not None and partial.following.is_under_way
         large = max(partial.offset, declared.content_bytes or 0) > _LARGE_BYTES and not following
+        if declared.content_bytes is None and not following and not large:
+            return self._unknown
         return self._verifying if large else self._publishing
 
     # --- small -----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import secrets
 import time
@@ -33,10 +34,11 @@ _POLL_S = 0.002
 class Bodies:
     """Those below ``directory``, of all processes; in ``directory/bodies`` those that may be taken over."""
 
-    def __init__(self, directory: Path, boot: str) -> None:
+    def __init__(self, directory: Path, boot: str, reserve_bytes: int = 0) -> None:
         self.directory = directory / "bodies"
         self._nameless = directory
         self._boot = boot
+        self._reserve_bytes = reserve_bytes
 
     def begin(self, token: str | None, following: Following | None) -> Partial:
         """A new one; ``token``: of the upload that it may be taken for. Raises `Superseded` in its writes, then."""
@@ -45,10 +47,11 @@ class Bodies:
             path = self._nameless / f"one-{name}"
             fd = _create(path)
             fcntl.flock(fd, fcntl.LOCK_EX)  # for as long as it is open: keeps the sweep away
-            return Partial(path, fd, following=following)
+            return Partial(path, fd, following=following, reserve_bytes=self._reserve_bytes)
         path = self.directory / f"one-{token}-{self._boot}-{name}"
         fd = _create(path)
-        return Partial(path, fd, following=following, guard=lambda: _owned(path, fd))
+        guard = functools.partial(_owned, path, fd)
+        return Partial(path, fd, following=following, guard=guard, reserve_bytes=self._reserve_bytes)
 
     def may_be_taken(self, path: Path) -> bool:
         """Whether this body is of an upload, and has not been taken yet."""

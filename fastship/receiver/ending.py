@@ -13,6 +13,7 @@ import os
 import time
 
 from fastship.errors import ArtifactError
+from fastship.frames import Bomb
 from fastship.receiver import answers, decisions
 from fastship.receiver.answers import Answer
 from fastship.receiver.decisions import Declared
@@ -130,6 +131,9 @@ def refusal(error: Exception) -> tuple[Answer, bool] | None:
         return answers.digest_mismatch(str(error)), False
     if isinstance(error, ContentMismatch):
         return answers.error(422, "content-mismatch", str(error), answers.ABOUT_EPISODE), False
+    if isinstance(error, Bomb):
+        text = f"{error.message}: see receiver.max_ratio if that is as it should be"
+        return answers.error(422, "artifact-invalid", text, answers.ABOUT_EPISODE), False
     if isinstance(error, ArtifactError):
         text = f"this is not an artifact (.tar.zst): {error.message}"
         return answers.error(422, "artifact-invalid", text, answers.ABOUT_EPISODE), False

@@ -10,6 +10,7 @@ the package.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -63,7 +64,9 @@ class Partial:
 
     ``following`` verifies the artifact beside: it is told of each new offset, and abandoned when bytes go or nobody
     keeps it. ``guard`` is entered around each write: it raises when this request may not write any more. ``synced`` is
-    called with each offset that has become durable, ``unsynced`` when the disk did not take what was written.
+    called with each offset that has become durable, ``unsynced`` when the disk did not take what was written. Writes
+    leave ``reserve_bytes`` of the file system free: the disk is full for them where that begins, however long a body
+    said it was, or did not say.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Partial:
         guard: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         synced: Callable[[int], None] | None = None,
         unsynced: Callable[[], None] = lambda: None,
+        reserve_bytes: int = 0,
     ) -> None:
         self.path = path
         self.fd = fd
@@ -87,6 +91,7 @@ class Partial:
         self._guard = guard
         self._synced = synced
         self.unsynced = unsynced
+        self._reserve_bytes = reserve_bytes
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Hold it against newer requests, as each write does; not around one. Raises what the guard raises."""
@@ -100,6 +105,7 @@ class Partial:
             for chunk in chunks:
                 running.update(chunk)
         end = self.offset
+        self._leave_reserve(sum(map(len, chunks)))
         with self._guard():
             for first in range(0, len(chunks), _IOV):
                 end = _pwrite_all(self.fd, chunks[first : first + _IOV], end)
@@ -108,9 +114,16 @@ class Partial:
 
     def put(self, piece: memoryview) -> None:
         """Append ``piece``; whoever calls this also updates ``running`` with it, before anybody looks at that."""
+        self._leave_reserve(len(piece))
         with self._guard():
             self.offset = _pwrite_all(self.fd, [piece], self.offset)
         self._follow()
+
+    def _leave_reserve(self, count: int) -> None:
+        if self._reserve_bytes:
+            disk = os.fstatvfs(self.fd)
+            if disk.f_bavail * disk.f_frsize < self._reserve_bytes + count:
+                raise OSError(errno.ENOSPC, "no room above receiver.reserve_bytes")
 
     def sync(self) -> int:
         """Make what is written now durable and return that offset. May run beside `write`; may be repeated.

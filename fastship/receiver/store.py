@@ -104,6 +104,7 @@ class Store:
         self._verify: Literal["content", "artifact"] = settings.verify
         self._read_back = settings.read_back
         self._threads = max(1, len(os.sched_getaffinity(0)) // settings.workers)
+        self._max_ratio = settings.max_ratio
         self._reserve_bytes = settings.reserve_bytes
         self._name = socket.gethostname()
         self._recovering = threading.Lock()
@@ -123,7 +124,9 @@ class Store:
                 f"receiver.root {self.root} cannot be used: {error}", remedy="make it writable for the receiver"
             ) from None
         self._followings = threading.Semaphore(_FOLLOWINGS)
-        self.uploads = Uploads(self._uploads, self.secret, settings.upload_max_age_s, self._follow)
+        self.uploads = Uploads(
+            self._uploads, self.secret, settings.upload_max_age_s, self._follow, settings.reserve_bytes
+        )
 
     def stop(self) -> None:
         """Let verifications that are under way end with ``InterruptedError``: nothing is published any more."""
@@ -357,6 +360,7 @@ class Store:
         return Following(
             threads=self._threads,
             place=lambda: followings.release if followings.acquire(blocking=False) else None,
+            max_ratio=self._max_ratio,
         )
 
     def _verify_content(
@@ -370,7 +374,13 @@ class Store:
         read_from = "arriving"
         if found is None or (limit is not None and found.bytes > limit):
             read_from = "file"
-            found = verify_content(path, threads=self._threads, max_content_bytes=limit, stopped=self._stopping.is_set)
+            found = verify_content(
+                path,
+                threads=self._threads,
+                max_content_bytes=limit,
+                max_ratio=self._max_ratio if declared is not None else 0,
+                stopped=self._stopping.is_set,
+            )
         if declared is not None:
             if declared.content_blake3 is not None and found.blake3 != declared.content_blake3:
                 raise ContentMismatch(f"the tar stream has BLAKE3 {found.blake3}, not {declared.content_blake3}")

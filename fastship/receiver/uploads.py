@@ -127,13 +127,15 @@ class Uploads:
         secret: bytes,
         max_age_s: float,
         follow: Callable[[], Following | None] = lambda: None,
+        reserve_bytes: int = 0,
     ) -> None:
+        self._reserve_bytes = reserve_bytes
         self._follow = follow
         self._directory = directory
         self._ended = directory / "ended"
         self._secret = secret
         self._boot = durable.boot_id()
-        self._bodies = Bodies(directory, self._boot)
+        self._bodies = Bodies(directory, self._boot, reserve_bytes)
         self._running: dict[str, _Running] = {}  # of uploads that this process wrote last, by token
         self._reserved = Reserved(directory, self._read)
         self._sweep = Sweep(directory, max_age_s, self._read, self._remove)
@@ -392,6 +394,7 @@ class Uploads:
             guard=lambda: _own(lock, generation),
             synced=lambda offset: _note(lock, generation, offset),
             unsynced=lambda: self._abandon(token, lock, generation),
+            reserve_bytes=self._reserve_bytes,
         )
         return Upload(token, declared, lock, generation, partial)
 

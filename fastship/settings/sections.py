@@ -121,6 +121,7 @@ class ReceiverSettings(Section, frozen=True, kw_only=True, forbid_unknown_fields
     verify: Literal["content", "artifact"] = "content"
     read_back: bool = False
     max_bytes: Size = 0
+    max_ratio: Count = 1000
     reserve_bytes: Size = 512 << 20
     sync_bytes: Annotated[int, msgspec.Meta(ge=1 << 16, extra={"kind": "size"})] = 32 << 20
     upload_max_age_s: Duration = 7 * 86400.0

@@ -5,9 +5,13 @@ from __future__ import annotations
 import http.client
 import shutil
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+import zstandard
+from hostility import bomb
 from receiver_process import WAIT_S, Reply, Server, Start, check_stored, make_artifact, sha256_field, wait_for
 
 COMMIT, OTHER = "ab" * 20, "cd" * 20
@@ -69,6 +73,34 @@ def test_no_room(start: Start) -> None:
     server = start(reserve_bytes=1 << 60)
     refused = server.put("room", make_artifact("room"))
     assert (refused.status, refused.json()["code"]) == (507, "no-room")
+
+
+def test_a_body_that_does_not_say_its_length_leaves_the_reserve(start: Start) -> None:
+    server = start()
+    location = server.request("PUT", "/v1/episodes/unsaid", None, Upload_Complete="?0").headers["location"]
+    assert server.append(location, b"x" * 1000, 0).offset == 1000
+    server.kill()
+    server = start(reserve_bytes=1 << 60)
+    chunked: dict[str, Any] = {"Transfer_Encoding": "chunked"}
+    for fields in ({}, chunked):
+        body: Any = iter([b"y" * 1000]) if fields else b"y" * 1000
+        refused = server.append(location, body, 1000, **fields)
+        assert (refused.status, refused.json()["code"], refused.headers["upload-complete"]) == (507, "no-room", "?0")
+    assert server.request("HEAD", location).offset == 1000
+
+
+def test_a_bomb_is_refused_and_keeps_nobody_waiting(start: Start) -> None:
+    server = start()
+    data = bomb(1100 << 20)
+    with ThreadPoolExecutor(6) as clients:
+        bombs = [clients.submit(server.put, f"bomb{number}", data) for number in range(6)]
+        small = make_artifact("meanwhile")
+        content = str(len(zstandard.ZstdDecompressor().decompress(small)))
+        assert server.put("meanwhile", small, Fastship_Content_Length=content).status == 201
+        for each in bombs:
+            refused = each.result()
+            assert (refused.status, refused.json()["code"]) == (422, "artifact-invalid")
+            assert "receiver.max_ratio" in refused.json()["error"]
 
 
 def test_a_full_disk_keeps_what_is_durable(start: Start) -> None:

@@ -12,7 +12,7 @@ import zstandard
 from blake3 import blake3
 
 from fastship.errors import ArtifactError
-from fastship.frames import ArtifactWriter, FramePool, Kind, verify_content
+from fastship.frames import ArtifactWriter, Bomb, FramePool, Kind, verify, verify_content
 from fastship.pack import PackOptions, pack
 
 
@@ -108,3 +108,30 @@ def test_more_than_is_allowed_is_refused_early(tmp_path: Path, size_known: bool)
 def test_the_table_s_word_is_enough_to_refuse(packed: Path) -> None:
     with pytest.raises(ArtifactError, match="more than the 1000 bytes"):
         verify_content(packed, max_content_bytes=1000)
+
+
+def bomb(content_bytes: int) -> bytes:
+    compressor = zstandard.ZstdCompressor(level=1).compressobj()
+    pieces = [compressor.compress(bytes(1 << 20)) for _ in range(content_bytes >> 20)]
+    return b"".join([*pieces, compressor.flush()])
+
+
+def test_what_unpacks_out_of_all_proportion_is_refused_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "RATIO_FROM_BYTES", 8 << 20)
+    path = tmp_path / "bomb"
+    path.write_bytes(bomb(64 << 20))
+    assert verify_content(path).bytes == 64 << 20
+    with pytest.raises(Bomb, match="more than 1000 times"):
+        verify_content(path, max_ratio=1000)
+    path.write_bytes(bomb(8 << 20))
+    assert verify_content(path, max_ratio=1000).bytes == 8 << 20
+
+
+def test_members_are_at_most_as_many_as_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "_MEMBERS_FROM", 10)
+    path = tmp_path / "members"
+    header = tarfile.TarInfo("x").tobuf(tarfile.USTAR_FORMAT)
+    path.write_bytes(zstandard.ZstdCompressor().compress(header * 10_000))
+    assert verify_content(path).members == 10_000
+    with pytest.raises(Bomb, match="members"):
+        verify_content(path, max_ratio=1000)
