@@ -138,7 +138,14 @@ def test_a_board_that_boots_in_1970_and_hears_the_time_then(path: Path, clock: C
     assert ages.age_s(mtime) == 0.0
 
 
-def test_what_cannot_be_read_or_written_is_as_if_it_was_not_there(path: Path, clock: Clock) -> None:
-    path.write_bytes(b"{")
-    assert age_after(path, clock.wall - YEAR_S) == YEAR_S
+def test_what_cannot_be_written_is_as_if_it_was_not_there(path: Path, clock: Clock) -> None:
     assert age_after(path / "no" / "such", clock.wall - YEAR_S) == YEAR_S
+
+
+@pytest.mark.parametrize("left", [b"", b"\0" * 80, b'{"wall": 1.8e9, "boot'])
+def test_what_a_power_loss_left_of_it_ages_nothing(path: Path, clock: Clock, left: bytes) -> None:
+    """It may have told of a step."""
+    path.write_bytes(left)
+    assert age_after(path, clock.wall - YEAR_S) == 0.0
+    clock.pass_time(2 * DAY_S)
+    assert age_after(path, clock.wall - YEAR_S) == 2 * DAY_S
