@@ -403,16 +403,17 @@ class Uploads:
 
         Bytes of this boot count as the file's size says, whatever process wrote them; of another boot, only
         what was synced. ``grow``: the caller takes the upload over, so bytes that do not count are cut off. Raises
-        `Gone` when the part has been published: a crash came before it lost this name, or a power loss gave it back.
+        `Gone` when the part was published, and a crash came before it lost this name or a power loss gave it back.
         """
         state = lock.read()
         if not state.generation:
             # A token may come again: nothing that any process remembers of the one before may fit this one.
             state = state._replace(generation=1 + secrets.randbelow(_GENERATIONS))
-        # Made where it is missing: a crash may have come after the part was published and before the record went.
-        part = self._path(token, "part")
-        made = not part.exists()
-        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fd = os.open(self._path(token, "part"), os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:  # published, and a crash came before the record went
+            self._remove(token)
+            raise Gone from None
         try:
             status = os.fstat(fd)
             if status.st_nlink > 1:
@@ -420,7 +421,7 @@ class Uploads:
                 raise Gone
             size = status.st_size
             same_boot = bool(self._boot) and state.boot == self._boot
-            if made or not same_boot:
+            if not same_boot:
                 durable.sync_directory(self._directory)
             offset = size if same_boot else min(size, state.synced)
             if state.held >= 0:
