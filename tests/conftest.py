@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import blackout
 import faults
 import pytest
+import syscalls
 from lab import Destination, Lab, Receiver
 
 MakeLab = Callable[..., Lab]
@@ -55,3 +58,12 @@ def own_receiver(tmp_path: Path) -> Iterator[Receiver]:
     process = Receiver(tmp_path / "store")
     yield process
     process.close()
+
+
+@pytest.fixture(scope="session")
+def blackout_run(tmp_path_factory: pytest.TempPathFactory) -> blackout.Run:
+    """The run of ``blackout``, recorded once for all processes of this test run."""
+    if not syscalls.works():
+        pytest.skip("strace is missing, or may not trace here")
+    shared = tmp_path_factory.getbasetemp()
+    return blackout.record((shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "blackout")

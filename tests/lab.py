@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import random
 import re
@@ -17,9 +18,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +29,7 @@ from typing import Any, NamedTuple
 import msgspec
 import psutil
 import pytest
+import zstandard
 
 from fastship import PassResult, Settings, Shipper, status
 from fastship.episode import ARTIFACT_SUFFIX, MARKER
@@ -149,6 +152,21 @@ def tree(directory: Path) -> dict[str, Any]:
         seconds = None if path.is_symlink() else int(facts.st_mtime)
         found[str(path.relative_to(directory))] = (oct(facts.st_mode), seconds, content)
     return found
+
+
+def contents_of(artifact: bytes) -> dict[str, str | None]:
+    """Digest of each file of a stored artifact, without the episode's id."""
+    reader = zstandard.ZstdDecompressor().stream_reader(artifact, read_across_frames=True)
+    found: dict[str, str | None] = {}
+    with tarfile.open(fileobj=io.BytesIO(reader.read())) as tar:
+        for member in tar.getmembers()[1:]:
+            file = tar.extractfile(member)
+            found[member.name.partition("/")[2]] = hashlib.sha256(file.read()).hexdigest() if file else None
+    return found
+
+
+def contents(facts: dict[str, Any]) -> dict[str, str | None]:
+    return {path: digest for path, (_, _, digest) in facts.items()}
 
 
 # --- processes ---------------------------------------------------------------------------------------------------
@@ -404,9 +422,13 @@ class Destination:
 class Receiver:
     """``fastship receive`` on loopback, in a process of its own."""
 
-    def __init__(self, root: Path, *options: str | Path, listen: str = "127.0.0.1:0") -> None:
+    def __init__(
+        self, root: Path, *options: str | Path, listen: str = "127.0.0.1:0", prefix: Sequence[str] = ()
+    ) -> None:
+        """``prefix`` is put before the command line (strace)."""
         self.root = root
         self.options = options
+        self.prefix = prefix
         root.mkdir(parents=True, exist_ok=True)
         self._log = (root.parent / f"{root.name}.log").open("ab")
         self.url = ""
@@ -416,7 +438,7 @@ class Receiver:
         """Start it, again on the same port unless said otherwise."""
         listen = listen or self.url.removeprefix("http://")
         self.process = subprocess.Popen(
-            fastship("receive", "--root", self.root, "--listen", listen, *self.options),
+            [*self.prefix, *fastship("receive", "--root", self.root, "--listen", listen, *self.options)],
             stdout=subprocess.PIPE,
             stderr=self._log,
             stdin=subprocess.DEVNULL,
@@ -427,8 +449,14 @@ class Receiver:
 
     def kill(self) -> None:
         """SIGKILL."""
-        self.process.kill()
+        self._signal(signal.SIGKILL)
         self._reap()
+
+    def _signal(self, number: int) -> None:
+        """To the receiver; what stands before it ends with it."""
+        own = psutil.Process(self.process.pid)
+        for process in own.children() if self.prefix else [own]:
+            process.send_signal(number)
 
     def _reap(self) -> None:
         self.process.wait(GENEROUS_S)
@@ -452,7 +480,7 @@ class Receiver:
 
     def close(self) -> None:
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+            self._signal(signal.SIGTERM)
         self._reap()
         self._log.close()
 

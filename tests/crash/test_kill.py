@@ -7,20 +7,15 @@ nothing left in the outbox, no temporary file anywhere.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
 import shutil
 import signal
 import subprocess
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import faults
 import msgspec
 import pytest
-import zstandard
 from lab import (
     Command,
     Destination,
@@ -28,6 +23,8 @@ from lab import (
     Receiver,
     Reply,
     Sections,
+    contents,
+    contents_of,
     fastship,
     noise,
     telemetry,
@@ -43,21 +40,6 @@ def strace_works() -> bool:
     if not shutil.which("strace"):
         return False
     return subprocess.run(["strace", "-o", "/dev/null", "true"], capture_output=True).returncode == 0
-
-
-def contents_of(artifact: bytes) -> dict[str, str | None]:
-    """Digest of each file of a stored artifact, without the episode's id."""
-    reader = zstandard.ZstdDecompressor().stream_reader(artifact, read_across_frames=True)
-    found: dict[str, str | None] = {}
-    with tarfile.open(fileobj=io.BytesIO(reader.read())) as tar:
-        for member in tar.getmembers()[1:]:
-            file = tar.extractfile(member)
-            found[member.name.partition("/")[2]] = hashlib.sha256(file.read()).hexdigest() if file else None
-    return found
-
-
-def contents(facts: dict[str, Any]) -> dict[str, str | None]:
-    return {path: digest for path, (_, _, digest) in facts.items()}
 
 
 # --- at each durable step of the supervisor ----------------------------------------------------------------------
