@@ -342,8 +342,8 @@ class Worker:
             log.warning("which upload has some of %s cannot be written down: %s", episode, error)
 
     def _shipped_bytes(self, episode: str, done_bytes: int, total_bytes: int) -> None:
-        progress = self._under_way[episode]
-        if progress.shipping:  # else it is being packed still, and that is what is shown
+        progress = self._under_way.get(episode)  # gone where packing failed and its upload is being dropped
+        if progress is not None and progress.shipping:  # else it is being packed still, and that is what is shown
             progress.done_bytes, progress.total_bytes = done_bytes, total_bytes
 
     def _judged(self, episode: str, verdict: Verdict) -> None:
