@@ -1,7 +1,8 @@
 # make demo    see fastship work on this machine (makes its own .venv first)
 # make test    all tests that need nothing but PyPI
 # make check   formatting, lints, types, layers
-# make crash   every fault that the tests of tests/crash know, into docs/reliability.md (FASTSHIP_FAULTS=0.1: a tenth)
+# make crash   every fault that the tests of tests/crash know, into docs/reliability.md (FASTSHIP_FAULTS=0.1: a tenth;
+#              FASTSHIP_SOAK_S=3600: an hour of the long run)
 # make bench   benchmarks of this checkout, on this machine
 # make bench-peers   fastship beside other programs, into docs/benchmarks.md (needs nginx: see bench/README.md)
 #

@@ -21,6 +21,7 @@ import os
 import queue
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -374,14 +375,17 @@ def _require_movable(directory: Path, target: Path) -> None:
     """Before anything is sent: its owner and mode are part of the content, so that what would be mended once the
     receiver has it, by chown or chmod, would be a conflict.
 
-    Whoever moves a directory to another one writes into it (``..``); an owner may give himself leave to.
+    Whoever moves a directory to another one writes into it (``..``); an owner may give himself leave to. Out of a
+    sticky directory, owners alone move (``unlink(2)``, ``rename(2)``).
     """
     try:
         status = os.stat(directory, follow_symlinks=False)
         if status.st_dev != os.stat(target).st_dev:
             remedy = "unmount it, and record within the spool's own file system"
             raise EpisodeUnmovable(f"{directory.name} is on another file system than {target}", remedy=remedy)
-        if status.st_uid != os.geteuid() and not os.access(directory, os.W_OK, effective_ids=True):
+        user, parent = os.geteuid(), os.stat(directory.parent)
+        sticky = parent.st_mode & stat.S_ISVTX and user not in (0, parent.st_uid)
+        if status.st_uid != user and (sticky or not os.access(directory, os.W_OK, effective_ids=True)):
             remedy = "let recorders and fastship share an owner, or a group that may write; it is tried again by itself"
             raise EpisodeUnmovable(f"{directory.name} could not be moved to {target}: not its owner", remedy=remedy)
     except OSError:

@@ -1,0 +1,66 @@
+"""What a worker asks of an episode before anything of it is sent; the rest is shown in tests/system."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import os, sys
+from pathlib import Path
+from fastship.errors import EpisodeUnmovable
+from fastship.worker import _require_movable
+os.chdir(sys.argv[1])
+os.setgid(65534)
+os.setuid(65534)
+episode, target = Path("episodes/ep"), Path("shipped")
+try:
+    _require_movable(episode, target)
+    print("may")
+except EpisodeUnmovable as error:
+    print("may not", "|", error, "|", error.remedy)
+try:
+    os.chmod(episode, 0o755)  # as `durable.rename_directory` does for what is read-only
+except PermissionError:
+    pass
+try:
+    os.rename(episode, target / "ep")
+    print("did")
+except OSError as error:
+    print("did not", error)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be somebody else")
+@pytest.mark.parametrize(
+    ("owner", "mode", "parent_mode", "moved"),
+    [
+        (65534, 0o755, 0o755, True),
+        (65534, 0o555, 0o755, True),
+        (0, 0o777, 0o777, True),
+        (0, 0o755, 0o777, False),
+        (0, 0o777, 0o1777, False),
+        (65534, 0o755, 0o1777, True),
+    ],
+)
+def test_what_could_not_be_retired_is_known_before(
+    tmp_path: Path, owner: int, mode: int, parent_mode: int, moved: bool
+) -> None:
+    tmp_path.chmod(0o755)
+    for name in ("episodes", "episodes/ep", "shipped"):
+        (tmp_path / name).mkdir()
+    os.chown(tmp_path / "shipped", 65534, 65534)
+    if parent_mode == 0o755:
+        os.chown(tmp_path / "episodes", 65534, 65534)
+    os.chown(tmp_path / "episodes" / "ep", owner, owner)
+    (tmp_path / "episodes" / "ep").chmod(mode)
+    (tmp_path / "episodes").chmod(parent_mode)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path], capture_output=True, text=True, check=True)
+    told, happened = done.stdout.splitlines()
+    assert told.split(" | ")[0] == ("may" if moved else "may not")
+    assert (happened == "did") == moved
+    assert moved or "owner" in told.split(" | ")[2]
