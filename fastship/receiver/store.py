@@ -32,7 +32,7 @@ from typing import Literal
 
 import msgspec
 
-from fastship import durable, pagecache
+from fastship import durable, pagecache, sealed
 from fastship.episode import ARTIFACT_SUFFIX, Read, Receipt, ReceivedArtifact, ReceivedContent, is_episode_id
 from fastship.errors import ArtifactError, ReceiverError
 from fastship.frames import Following, ReadAgain, verify_content
@@ -434,12 +434,13 @@ class Store:
         """None where there is none, or one that cannot be of the artifact beside it: a flipped bit of it would be told
         to every client that asks."""
         try:
-            receipt = msgspec.json.decode(self._receipt_path(episode).read_bytes(), type=Receipt)
+            compact = msgspec.json.format(self._receipt_path(episode).read_bytes(), indent=-1)
+            receipt = msgspec.json.decode(sealed.unseal(compact), type=Receipt)
             size = os.stat(self.artifact_path(episode)).st_size
         except FileNotFoundError:
             return None
-        except msgspec.MsgspecError:
-            _log.warning("the receipt of %s cannot be read", episode)
+        except (msgspec.MsgspecError, UnicodeDecodeError, sealed.Spoilt) as error:
+            _log.warning("the receipt of %s cannot be read: %s", episode, error)
             return None
         if (receipt.episode, receipt.artifact.bytes) == (episode, size) and _SHA256.fullmatch(receipt.artifact.sha256):
             return receipt
@@ -463,7 +464,7 @@ def _now() -> str:
 
 
 def _encode(receipt: Receipt) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(receipt), indent=2) + b"\n"
+    return msgspec.json.format(sealed.seal(msgspec.json.encode(receipt)), indent=2) + b"\n"
 
 
 def _secret(root: Path) -> bytes:

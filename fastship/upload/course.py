@@ -101,7 +101,13 @@ class Wait(msgspec.Struct, frozen=True):
 
 
 class CheckArtifact(msgspec.Struct, frozen=True):
-    """Read the artifact's file again and send a `Checked`: is its SHA-256 still the manifest's?"""
+    """Read the artifact's file again and send a `Checked`: is its SHA-256 still the manifest's?
+
+    ``content``: and is its content what the manifest says? ``why``: what the receiver said, one sentence.
+    """
+
+    content: bool = False
+    why: str = ""
 
 
 class Checked(msgspec.Struct, frozen=True):

@@ -65,8 +65,13 @@ DIGEST_MISMATCH = "digest-mismatch"
 """The receiver's error code that tells a wrong digest from its other reasons for a 400 about an episode."""
 
 
+CONTENT_MISMATCH = ("content-mismatch", "artifact-invalid")
+"""Those that say what no artifact of ours can be: a bit of it, or of what was said of it, changed somewhere."""
+
+
 class _ErrorBody(msgspec.Struct, frozen=True):
     code: str | None = None
+    error: str = ""
 
 
 class UploadPlace(msgspec.Struct, frozen=True):
@@ -82,7 +87,9 @@ class CreateAgain(msgspec.Struct, frozen=True):
 
 
 class Mismatch(msgspec.Struct, frozen=True):
-    """The receiver has it all and its SHA-256 is not the one announced."""
+    """The receiver has it all, and its SHA-256 or (``content``) its content is not the one announced."""
+
+    content: bool = False
 
 
 class Final(msgspec.Struct, frozen=True):
@@ -185,6 +192,8 @@ def read_answer(request: Request, answer: Answer, most_bytes: int, known_url: st
         return CreateAgain()  # the upload is gone, not the episode
     if answer.status == 400 and complete is True and error_code(answer) in (None, DIGEST_MISMATCH):
         return Mismatch()
+    if answer.status == 422 and complete is True and error_code(answer) in CONTENT_MISMATCH:
+        return Mismatch(content=True)
     return Final()
 
 
@@ -199,10 +208,14 @@ def verdict_of_final(answer: Answer, resumed_at: int) -> Verdict:
 
 def error_code(answer: Answer) -> str | None:
     """The ``code`` of a JSON error body; None where it has none."""
+    return _error_body(answer).code
+
+
+def _error_body(answer: Answer) -> _ErrorBody:
     try:
-        return msgspec.json.decode(answer.body, type=_ErrorBody).code
+        return msgspec.json.decode(answer.body, type=_ErrorBody)
     except (msgspec.MsgspecError, UnicodeDecodeError):
-        return None
+        return _ErrorBody()
 
 
 def _read_place(request: Request, answer: Answer, offset: int, most_bytes: int, known_url: str | None) -> Reading:
@@ -354,7 +367,7 @@ class _NativeCourse:
                 error = f"status {answer.status}: the receiver lost or refused this part of the upload"
                 return (yield from self._wait(verdict_of_misbehaviour(answer, error, self._resumed_at)))
             case Mismatch():
-                return (yield from self._check(answer))
+                return (yield from self._check(answer, reading.content))
             case Misbehaviour():
                 return verdict_of_misbehaviour(answer, reading.error, self._resumed_at)
             case Final() if answer.status in (200, 201, 204):
@@ -389,20 +402,22 @@ class _NativeCourse:
             return (yield from self._wait(verdict_of_misbehaviour(answer, error, self._resumed_at)))
         return prepare_append(self._manifest, place, self._upload)
 
-    def _check(self, answer: Answer) -> Generator[Step, Result, Request | Verdict]:
-        """The digest does not match: whose bytes are wrong? Ours: pack again. The line's: send it again from 0."""
-        checked = yield CheckArtifact()
+    def _check(self, answer: Answer, content: bool) -> Generator[Step, Result, Request | Verdict]:
+        """A digest does not match: whose bytes are wrong? Ours: pack again. The line's: send it again from 0."""
+        checked = yield CheckArtifact(content, _error_body(answer).error)
         assert isinstance(checked, Checked), f"a CheckArtifact ends in a Checked, not {checked!r}"
         if not checked.intact:
             return Verdict(
                 outcome=Outcome.DAMAGED,
                 scope=Scope.EPISODE,
                 status=answer.status,
-                error="the artifact in the outbox no longer has the SHA-256 it was packed with",
+                error="the artifact in the outbox is not what it was packed as: its file, or its manifest, changed",
                 body=answer.text,
                 resumed_at=self._resumed_at,
             )
         self._restarts += 1
+        if self._restarts > RESTARTS and content:
+            return verdict_of_status(answer, self._resumed_at)  # right here, and it will not have it: for an operator
         if self._restarts > RESTARTS:
             return Verdict(
                 outcome=Outcome.TRANSIENT,

@@ -26,6 +26,8 @@ from typing import NamedTuple
 import msgspec
 
 from fastship.episode import Outcome, Scope, Verdict
+from fastship.errors import ArtifactError
+from fastship.frames import verify_content
 from fastship.settings import DestinationSettings, UploadSettings
 from fastship.upload.course import (
     Artifact,
@@ -315,9 +317,12 @@ class Session:
                     heapq.heappush(self._waits, _Waiting(due, next(self._count), passage, step))
                     log.info("%s: again in %.1f s: %s", passage.episode, step.seconds, step.verdict.error)
                 case CheckArtifact():
-                    log.warning("%s: the receiver finds its digest wrong; reading the artifact again", passage.episode)
+                    why = f" ({step.why[:300]})" if step.why else ""
+                    log.warning("%s: the receiver finds its digest wrong%s; reading it again", passage.episode, why)
                     # Minutes for a large one: a thread, so that the others go on. A daemon, so that close() may cut it.
-                    threading.Thread(target=self._check, args=(passage,), name="fastship-check", daemon=True).start()
+                    threading.Thread(
+                        target=self._check, args=(passage, step), name="fastship-check", daemon=True
+                    ).start()
                 case AwaitGrowth():
                     passage.awaited_bytes = step.bytes  # first: what grows from now on wakes us
                     if passage.has_grown():
@@ -348,13 +353,19 @@ class Session:
             self._under_way.discard(passage)
             self._lock.notify_all()
 
-    def _check(self, passage: _Passage) -> None:
+    def _check(self, passage: _Passage, step: CheckArtifact) -> None:
         """In a thread of its own."""
         manifest = passage.growth.manifest
         assert manifest is not None
         try:
             with open(passage.path, "rb") as file:
                 intact = hashlib.file_digest(file, "sha256").hexdigest() == manifest.artifact_sha256
+            if intact and step.content:
+                found = verify_content(passage.path)
+                intact = (found.blake3, found.bytes) == (manifest.content_blake3, manifest.content_bytes)
+        except ArtifactError as error:
+            log.error("%s: %s", passage.episode, error.message)
+            intact = False
         except OSError as error:
             log.error("%s: %s: %s", passage.episode, passage.path, error.strerror)
             intact = False

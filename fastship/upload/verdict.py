@@ -176,6 +176,8 @@ def read_proof(answer: Answer, manifest: Manifest) -> Proof:
         )
         if receipt.episode != manifest.episode:
             return Proof(other=f"episode {receipt.episode[:200]!r}")
+        if same_artifact and receipt.verified == "content" and not same_content:
+            return Proof(other="our artifact with another content in its receipt")
         if not same_artifact and not same_content:
             return Proof(other=f"SHA-256 {receipt.artifact.sha256[:64]}")
         if named is not None and named != receipt.artifact.sha256.lower():
