@@ -172,7 +172,7 @@ def read(state: Path) -> Snapshot | None:
     """The last snapshot written, or None when there is none that can be read."""
     try:
         return msgspec.json.decode((state / STATUS_FILE).read_bytes(), type=Snapshot)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, ValueError):
         return None
 
 

@@ -101,6 +101,8 @@ def read_body(headers: Mapping[str, str]) -> Body | Answer:
 
 def read_declared(headers: Mapping[str, str], episode: str, body: Body, owner: str = "") -> Declared | Answer:
     """What a PUT says of the artifact; 400 or 415 for what cannot be understood rather than a guess."""
+    if headers.get("fastship-episode", episode) != episode:  # a flipped bit of either would store it under another id
+        return _bad_field(fields.FASTSHIP_EPISODE, "the id that the request's path names")
     if "content-range" in headers:  # RFC 9110, 14.5: a piece must not be taken for the whole
         return answers.error(400, "bad-field", "Content-Range is not taken here; use a resumable upload")
     if headers.get("content-encoding", "identity").lower() != "identity":

@@ -439,7 +439,7 @@ class Store:
             size = os.stat(self.artifact_path(episode)).st_size
         except FileNotFoundError:
             return None
-        except (msgspec.MsgspecError, UnicodeDecodeError, sealed.Spoilt) as error:
+        except ValueError as error:
             _log.warning("the receipt of %s cannot be read: %s", episode, error)
             return None
         if (receipt.episode, receipt.artifact.bytes) == (episode, size) and _SHA256.fullmatch(receipt.artifact.sha256):

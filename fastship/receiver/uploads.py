@@ -290,7 +290,7 @@ class Uploads:
         token = upload.token
         if answer is not None:
             look = Look(upload.partial.offset, upload.declared.length, answer, upload.declared.owner)
-            tombstone = msgspec.json.encode(look)
+            tombstone = sealed.seal(msgspec.json.encode(look))
             durable.write_file(self._ended / f"{token}.json", tombstone, sync=False)
         self._remove(token)
         upload.ended = True
@@ -313,8 +313,9 @@ class Uploads:
     def ended(self, token: str, owner: str = "") -> Look | None:
         """The tombstone. Raises `UnknownUpload` for what cannot be a token."""
         try:
-            look = msgspec.json.decode((self._ended / f"{_checked(token)}.json").read_bytes(), type=Look)
-        except (FileNotFoundError, msgspec.MsgspecError):
+            raw = (self._ended / f"{_checked(token)}.json").read_bytes()
+            look = msgspec.json.decode(sealed.unseal(raw), type=Look)
+        except (FileNotFoundError, ValueError):
             return None
         return look if _may(owner, look.owner) else None
 
@@ -463,7 +464,7 @@ class Uploads:
             return msgspec.json.decode(sealed.unseal(self._path(token, "json").read_bytes()), type=Declared)
         except FileNotFoundError:
             return None
-        except (msgspec.MsgspecError, sealed.Spoilt) as error:
+        except ValueError as error:
             _log.warning("the record of upload %s... is spoilt, it begins anew: %s", token[:8], error)
             return None
 

@@ -56,7 +56,7 @@ class Journal:
                 try:
                     episode = msgspec.json.decode(sealed.unseal(line), type=_Beginning).receipt.episode
                     self._places[episode] = _Place(path, offset)  # a later one counts
-                except (sealed.Spoilt, msgspec.MsgspecError, UnicodeDecodeError):
+                except ValueError:
                     if line.strip():
                         self.spoilt.append(f"{path.name}, line {number}")
                 offset += len(line)

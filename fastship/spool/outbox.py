@@ -98,7 +98,7 @@ class Outbox:
         """The upload at ``destination`` that has some of the artifact, or of the partial; "" where none has."""
         try:
             note = msgspec.json.decode(sealed.unseal(self.upload_note(episode).read_bytes()), type=UploadNote)
-        except (OSError, msgspec.MsgspecError, sealed.Spoilt):
+        except (OSError, ValueError):
             return ""
         return note.url if (note.destination, note.boot_id) == (destination, durable.boot_id()) else ""
 
@@ -124,10 +124,10 @@ class Outbox:
         try:
             size = os.stat(self._path(episode, ARTIFACT_SUFFIX)).st_size
             manifest = msgspec.json.decode(sealed.unseal(self.manifest(episode).read_bytes()), type=Manifest)
-        except (OSError, msgspec.MsgspecError):
-            return None
         except sealed.Spoilt as error:
             log.warning("%s: %s; its artifact is packed again", self.manifest(episode), error)
+            return None
+        except (OSError, ValueError):
             return None
         return manifest if manifest.episode == episode and manifest.artifact_bytes == size else None
 

@@ -222,7 +222,7 @@ class Spool:
             for line in path.read_bytes().splitlines():
                 try:
                     yield msgspec.json.decode(line, type=dict[str, object])
-                except msgspec.MsgspecError:
+                except ValueError:
                     continue
 
     def copies(self, episode: str) -> list[str]:
@@ -290,7 +290,7 @@ class Spool:
             if entry.name.startswith(_CONDEMNED_PREFIX):
                 try:
                     condemned = msgspec.json.decode(Path(entry.path).read_bytes(), type=_Condemned)
-                except (msgspec.MsgspecError, IsADirectoryError):  # not one that we wrote
+                except (ValueError, IsADirectoryError):  # not one that we wrote
                     continue
                 try:
                     self._finish_quarantine(Path(entry.path), condemned)
@@ -425,7 +425,7 @@ class Spool:
             return msgspec.json.decode(path.read_bytes(), type=HoldRecord)
         except FileNotFoundError:
             return None
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, ValueError) as error:
             return HoldRecord(
                 episode=episode,
                 reason="unreadable",

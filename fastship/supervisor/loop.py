@@ -461,7 +461,7 @@ def _remediation_in(command: ev.Quarantine) -> dict[str, str]:
         return {}
     try:
         told = msgspec.json.decode(command.body, type=dict[str, object])
-    except (msgspec.MsgspecError, RecursionError):  # nested thousands deep: hostile, or broken
+    except (ValueError, RecursionError):  # nested thousands deep: hostile, or broken
         return {"body": command.body}
     return {name: str(told[name]) for name in ("your_commit", "head_commit", "remediation") if name in told}
 

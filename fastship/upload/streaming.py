@@ -228,7 +228,10 @@ class _StreamCourse:
     def _create(self) -> Request:
         """Length and digest are not known: the receiver gives the upload a random name. An empty one is no loss."""
         url = episode_url(self._destination, self._growing.episode)
-        told = commit_fields(self._growing.code_commit, self._destination)
+        told = (
+            *commit_fields(self._growing.code_commit, self._destination),
+            (fields.FASTSHIP_EPISODE, self._growing.episode),
+        )
         incomplete = (fields.UPLOAD_COMPLETE, fields.format_boolean(False))
         return self._request("PUT", url, ("Content-Type", "application/zstd"), *told, incomplete, body=Body())
 

@@ -275,7 +275,8 @@ def test_no_retries_means_none() -> None:
         *[(status, Outcome.TRANSIENT, Scope.DESTINATION, 1) for status in (401, 403, 404, 405, 407, 411, 421)],
         *[(status, Outcome.TRANSIENT, Scope.DESTINATION, 4) for status in (408, 425, 429)],
         *[(status, Outcome.TRANSIENT, Scope.DESTINATION, 1) for status in (301, 302, 307, 308)],
-        *[(status, Outcome.REJECTED, Scope.EPISODE, 1) for status in (400, 402, 406, 410, 412, 413, 422)],
+        *[(status, Outcome.REJECTED, Scope.EPISODE, 2) for status in (400, 402, 406, 410, 412, 413)],
+        (422, Outcome.REJECTED, Scope.EPISODE, 1),
         (409, Outcome.CONFLICT, Scope.EPISODE, 1),
         *[(status, Outcome.TRANSIENT, Scope.NETWORK, 4) for status in (500, 502, 503, 504)],
         *[(status, Outcome.TRANSIENT, Scope.NETWORK, 1) for status in (501, 505, 507)],
@@ -320,10 +321,30 @@ def test_a_digest_mismatch_of_a_sound_artifact_starts_from_0_a_bounded_number_of
 
 
 def test_a_400_for_another_reason_is_no_digest_mismatch() -> None:
-    played = play(script(answer(400, b'{"error": "...", "code": "commit-missing"}', upload_complete="?1")))
+    refused = answer(400, b'{"error": "...", "code": "commit-missing"}', upload_complete="?1")
+    played = play(script(refused, refused))
     assert (played.verdict.outcome, played.checks) == (Outcome.REJECTED, [])
     named = play(script(answer(400, b'{"code": "digest-mismatch"}', upload_complete="?1"), stored()))
     assert (named.verdict.outcome, len(named.checks)) == (Outcome.SHIPPED, 1)
+
+
+def test_a_refusal_of_what_one_flipped_bit_may_have_said_is_asked_for_once_more() -> None:
+    for status in (400, 412, 413):
+        played = play(script(answer(status), place(0), stored(201)), upload=RESUMABLE)
+        assert (played.verdict.outcome, len(played.waits)) == (Outcome.SHIPPED, 1)
+
+
+def test_a_wrong_content_is_looked_for_here_first() -> None:
+    for code in (b"content-mismatch", b"artifact-invalid"):
+        refused = answer(422, b'{"error": "so it is", "code": "%b"}' % code, upload_complete="?1")
+        damaged = play(script(refused), intact=False)
+        assert damaged.verdict.outcome is Outcome.DAMAGED
+        assert damaged.checks[0].content
+        assert damaged.checks[0].why == "so it is"
+        assert play(script(refused, stored())).verdict.outcome is Outcome.SHIPPED
+        played = play(script(refused, refused, refused))
+        assert (played.verdict.outcome, played.verdict.status) == (Outcome.REJECTED, 422)
+        assert len(played.requests) == 3
 
 
 def test_a_digest_mismatch_of_a_damaged_artifact_asks_for_a_new_pack() -> None:
@@ -362,6 +383,7 @@ def test_another_artifact_of_the_same_verified_content_is_ours() -> None:
         answer(201, repr_digest=fields.format_digest("sha-256", OTHER)),
         answer(200, receipt(artifact=ReceivedArtifact(OTHER, 900), verified="artifact")),
         answer(200, receipt(artifact=ReceivedArtifact(OTHER, 900), content=ReceivedContent(OTHER, 5000))),
+        answer(200, receipt(content=ReceivedContent(OTHER, 5000))),
         answer(200, receipt(episode="ep2")),
         answer(200, receipt(), repr_digest=fields.format_digest("sha-256", OTHER)),
     ],
