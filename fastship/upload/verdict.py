@@ -168,11 +168,11 @@ def read_proof(answer: Answer, manifest: Manifest) -> Proof:
     receipt = _decode_receipt(answer.body)
     named = fields.parse_digest(answer.field(fields.REPR_DIGEST), "sha-256")
     if receipt is not None:
-        same_artifact = receipt.artifact.sha256.lower() == manifest.artifact_sha256
+        same_artifact = receipt.artifact.sha256 == manifest.artifact_sha256
         same_content = (
             receipt.verified == "content"
             and receipt.content is not None
-            and receipt.content.blake3.lower() == manifest.content_blake3
+            and receipt.content.blake3 == manifest.content_blake3
         )
         if receipt.episode != manifest.episode:
             return Proof(other=f"episode {receipt.episode[:200]!r}")
@@ -180,7 +180,7 @@ def read_proof(answer: Answer, manifest: Manifest) -> Proof:
             return Proof(other="our artifact with another content in its receipt")
         if not same_artifact and not same_content:
             return Proof(other=f"SHA-256 {receipt.artifact.sha256[:64]}")
-        if named is not None and named != receipt.artifact.sha256.lower():
+        if named is not None and named != receipt.artifact.sha256:
             return Proof(other=f"SHA-256 {named} beside another one in its receipt")
         return Proof(receipt=receipt)
     if named is None:
@@ -216,6 +216,11 @@ def _own_receipt(manifest: Manifest, verified: str) -> Receipt:
 
 def _decode_receipt(body: bytes) -> Receipt | None:
     try:
-        return msgspec.json.decode(body, type=Receipt)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+        receipt = msgspec.json.decode(body, type=Receipt)
+    except ValueError:
         return None
+    artifact = msgspec.structs.replace(receipt.artifact, sha256=receipt.artifact.sha256.lower())
+    content = receipt.content
+    if content is not None:
+        content = msgspec.structs.replace(content, blake3=content.blake3.lower())
+    return msgspec.structs.replace(receipt, artifact=artifact, content=content)
