@@ -74,7 +74,7 @@ class Ages:
     def _read(self) -> _Steady | None:
         try:
             return msgspec.json.decode(self._path.read_bytes(), type=_Steady)
-        except msgspec.MsgspecError:  # it is not synced: a power loss may have taken the step that it told of
+        except ValueError:  # it is not synced: a power loss may have taken the step that it told of
             return _Steady(0.0, 0.0, "", 0.0)
         except OSError:
             return None

@@ -37,7 +37,7 @@ def read_reason(path: Path) -> QuarantineReason | None:
     """None where there is none that can be read."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=QuarantineReason)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, ValueError):
         return None
 
 
