@@ -23,7 +23,7 @@ from typing import NamedTuple
 import faults
 import msgspec
 import pytest
-from lab import Destination, Lab, Receiver, Reply, noise, telemetry, tree
+from lab import Destination, Lab, Receiver, Reply, noise, read_back, telemetry, tree
 from receiver_process import Server
 
 from fastship.episode import Manifest, Outcome
@@ -177,10 +177,21 @@ def test_a_damaged_artifact_is_packed_again_by_itself(make_lab: MakeLab, destina
 class FlippingLine:
     """A line to a receiver that flips one bit of the first body that reaches so far, or of the first answer's."""
 
-    def __init__(self, url: str, offset: int, bit: int, *, head: bool = False, answers: bool = False) -> None:
+    def __init__(
+        self,
+        url: str,
+        offset: int,
+        bit: int,
+        *,
+        head: bool = False,
+        answers: bool = False,
+        instead: Callable[[], None] | None = None,
+    ) -> None:
+        """``instead``: what is done at that point, and the line is left right."""
         self._target = ("127.0.0.1", int(url.rpartition(":")[2]))
         self._flip: tuple[int, int] | None = (offset, bit)
-        self._head, self._answers = head, answers
+        self._head, self._answers, self._instead = head, answers, instead
+        self.heads: list[bytes] = []  # of requests
         self.flipped = 0
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -214,6 +225,8 @@ class FlippingLine:
                     ahead += piece
                 head, _, ahead = ahead.partition(b"\r\n\r\n")
                 head += b"\r\n\r\n"
+                if not head.startswith(b"HTTP/"):
+                    self.heads.append(head)
                 match = re.search(rb"\r\ncontent-length: (\d+)", head, re.IGNORECASE)
                 length = int(match[1]) if match else 0
                 sink.sendall(self._spoil(head, 0) if spoils and self._head else head)
@@ -239,6 +252,9 @@ class FlippingLine:
             offset, bit = self._flip
             self._flip = None
             self.flipped += 1
+        if self._instead is not None:
+            self._instead()
+            return piece
         spoilt = bytearray(piece)
         spoilt[offset - at] ^= 1 << bit
         return bytes(spoilt)
@@ -309,6 +325,47 @@ def test_in_the_rest_of_what_is_said(tmp_path: Path, server: Server, side: str) 
     assert rejected == 0
     what = f"a bit flips in the head of a request or in an answer ({side}s): nothing wrong is believed"
     faults.count(f"custody: bit flips in {side}s", what, of=len(points), tried=len(tried), test="test_bitflip.py")
+
+
+def test_while_it_is_packed_and_sent_at_once(tmp_path: Path) -> None:
+    """Way 3, of a whole pass: a bit flips on the wire, or in the outbox behind what is being sent."""
+    own = Receiver(tmp_path / "store")
+    size, whole = 400_000, 120
+    draw = faults.chance("bit flips in way 3")
+    tried = faults.times(whole, least=4)
+    try:
+        for number in range(tried):
+            directory = tmp_path / str(number)
+            directory.mkdir()
+            name, at, bit = f"ep{number}", draw.randrange(30_000), draw.randrange(8)
+            behind = draw.randrange(size)
+
+            def spoil(outbox: Path = directory / "spool" / "outbox", behind: int = behind, bit: int = bit) -> None:
+                for path in outbox.glob("*.tar.zst*"):
+                    if path.stat().st_size > behind:
+                        flip(path, behind, bit)
+
+            with FlippingLine(own.url, at, bit, instead=spoil if number % 2 else None) as line:
+                upload = {"stream_bytes": "64kB", "one_shot_bytes": 0, "retries": 3}
+                lab = Lab(directory, line.url, {"upload": upload, "pack": {"frame_bytes": "16KiB", "level": 1}})
+                before = tree(lab.episode(name, {"data": noise(size, name)}))
+                for _ in range(3):
+                    lab.once()
+                assert line.flipped == 1
+            told = (number, at, bit, behind)
+            first = next(head for head in line.heads if head.startswith(b"PUT"))
+            assert b"repr-digest" not in first.lower(), "it began while nothing was known of the whole"
+            assert (lab.names("episodes"), lab.names("quarantine"), lab.names("holds")) == ([], [], []), told
+            assert tree(lab.shipped / name) == before, told
+            found = Custody(Store(ReceiverSettings(root=str(own.root)))).check(name)
+            assert found is not None, told
+            assert found.verdict == "sound", (told, found)
+            assert read_back(own, name, directory / "back", stock=False) == before, told
+        assert len(own.stored()) == tried
+    finally:
+        own.close()
+    what = "a bit flips on the wire, or in the outbox, while an artifact is packed and sent at once"
+    faults.count("custody: bit flips while it is packed", what, of=whole, tried=tried, test="test_bitflip.py")
 
 
 # --- the receiver's partial ------------------------------------------------------------------------------------------

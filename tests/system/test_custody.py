@@ -119,6 +119,24 @@ def test_a_copy_here_that_is_not_what_was_shipped_is_told_and_not_shipped(
     assert (lab.names("episodes"), lab.names("shipped")) == ([], ["ep1"])
 
 
+def test_a_file_that_flips_behind_its_times_is_at_the_receiver_as_it_was_read(
+    make_lab: MakeLab, destination: Destination, own_receiver: Receiver, tmp_path: Path
+) -> None:
+    """Nothing tells of it but its bytes: what was packed is what was read, and a later look finds the difference."""
+    lab = make_lab(destination.url)
+    before = tree(lab.episode("ep1", {"data": noise(100_000)}))
+    destination.say("ep1", Reply(503))
+    lab.once()
+    assert lab.artifact().exists()
+    spoil(lab.episodes / "ep1" / "data")
+    lab.url = own_receiver.url
+    assert lab.once().shipped == 1
+    assert read_back(own_receiver, "ep1", tmp_path / "back", stock=False) == before
+    assert run(lab, "verify", "ep1").code == 0
+    ran = run(lab, "verify", "ep1", "--local")
+    assert (ran.code, ran.out.count("the copy in shipped/ep1 is not what was shipped")) == (1, 1)
+
+
 def test_the_copy_that_is_right_of_several_is_shipped_again(make_lab: MakeLab, own_receiver: Receiver) -> None:
     lab = make_lab(own_receiver.url)
     before = ship(lab, "ep1")

@@ -566,3 +566,30 @@ def test_a_clock_that_jumps_cleans_no_quarantine(spool: Spool, monkeypatch: pyte
     assert spool.clean_quarantine(1) == []
     again = Spool(spool.paths.root)  # nor after a restart
     assert again.clean_quarantine(1) == []
+
+
+@pytest.mark.parametrize("spoilt", [b"\xff", b'{"episode": "\xff"}', b'{"\xff": 1}', b"[", b""])
+def test_no_record_that_is_spoilt_stops_a_look(spool: Spool, spoilt: bytes) -> None:
+    for name in ("held", "ready"):
+        make_episode(spool.paths.episodes, name)
+    make_episode(spool.paths.quarantine, "refused")
+    for path in (
+        spool.paths.holds / "held.json",
+        spool.paths.quarantine / "refused" / "quarantine_reason.json",
+        spool.paths.quarantine / ".condemned-0123.json",
+        spool.outbox.manifest("ready"),
+        spool.outbox.upload_note("ready"),
+        spool.paths.receipts / "2020-01-01.jsonl",
+    ):
+        path.write_bytes(spoilt)
+    spool.outbox.artifact("ready").write_bytes(b"artifact")
+    spool.finish_quarantines()
+    look = spool.look()
+    assert ([name for _, name in look.ready], look.held) == (["ready"], ["held"])
+    (record,) = spool.holds()
+    assert record.reason == "unreadable"
+    assert spool.outbox.find("ready") is None
+    assert spool.outbox.find_upload("ready", "http://receiver.example") == ""
+    (quarantined,) = [one for one in spool.quarantined() if one.name == "refused"]
+    assert quarantined.reason is None
+    assert list(spool.receipts()) == []
