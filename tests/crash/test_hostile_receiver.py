@@ -1,6 +1,7 @@
 """A receiver among clients that mean ill: it answers, stores only what it verified, and serves the others.
 
 The whole run is 100,000 requests, drawn from the seed (`hostility`), on two receivers, one of them with two processes.
+Then uploads by the thousand that nobody goes on with, and one that many go on with at once.
 What is looked at afterwards: no 500 and no traceback, whatever came; no secret told; no file but the store's; every
 stored artifact is one, with the receipt that belongs to it; memory and descriptors came back; and a client that meant
 well got all it sent stored meanwhile.
@@ -8,20 +9,23 @@ well got all it sent stored meanwhile.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import random
 import re
 import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import faults
 import psutil
 import pytest
-from hostility import SECRETS, Hostility, Line
-from receiver_process import WAIT_S, Server, make_artifact, sha256_field, wait_for
+from hostility import SECRETS, Attack, Hostility, Line
+from receiver_process import WAIT_S, Server, check_stored, make_artifact, sha256_field, wait_for
 
 from fastship.frames import verify_content
 
@@ -184,5 +188,90 @@ def test_hostile_requests(tmp_path: Path, workers: int) -> None:
         f" {len(friend.stored)} uploads of a well-behaved client meanwhile",
         of=REQUESTS // 2,
         tried=sum(crowd.sent.values()),
+        test=HERE,
+    )
+
+
+def test_uploads_that_nobody_finishes(tmp_path: Path) -> None:
+    """One client begins as many as it may, half sent; the others go on, and memory stays what it was."""
+    (tmp_path / "tokens").write_text("\n".join(SECRETS[:2]))
+    tries = faults.times(5000, least=60)
+    may = tries // 2
+    server = Server(tmp_path / "root", token_file=str(tmp_path / "tokens"), token_uploads=may)
+    try:
+        process = psutil.Process(server.process.pid)
+        resident, files = process.memory_info().rss, process.num_fds()
+        data = make_artifact("half", 20_000)
+        head = "PUT /v1/episodes/half{} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nUpload-Complete: ?0\r\n"
+        head += f"Upload-Length: {len(data)}\r\nRepr-Digest: {sha256_field(data)}\r\nContent-Length: 5000\r\n\r\n"
+        statuses: Counter[int] = Counter()
+        with Line((server.host or "", server.port or 0), WAIT_S) as line:
+            for number in range(tries):
+                request = head.format(number, SECRETS[1]).encode() + data[:5000]
+                answers = line.exchange([Attack("half", request, framed=True)])
+                statuses.update(answer.status for answer in answers)
+        assert statuses == {201: may, 429: tries - may}
+        friend = WellBehaved(server)
+        friend.stop()
+        assert friend.failures == []
+        assert process.memory_info().rss - resident < (50 << 20) + 20_000 * may
+        assert process.num_fds() <= files + 10
+        assert "Traceback" not in server.log.read_text()
+    finally:
+        server.kill()
+    faults.count(
+        "hostile: unfinished uploads",
+        f"begun by one client; {may} were let in, and another client's were stored",
+        of=5000,
+        tried=tries,
+        test=HERE,
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_one_upload_that_many_go_on_with(tmp_path: Path, workers: int) -> None:
+    """Each asks for the offset, sends from there, and is cut or taken over at any moment: never a mixture."""
+    rounds = faults.times(100, least=2)
+    server = Server(tmp_path / "root", workers=workers)
+    appends = 0
+    lock = threading.Lock()
+
+    def go_on(episode: str, data: bytes, draw: random.Random) -> None:
+        nonlocal appends
+        while True:
+            created = server.create(episode, data)
+            if created.status == 200:
+                return
+            if created.status in (503, 409):
+                continue
+            assert created.status == 201, created.body
+            location, offset = created.headers["location"], created.offset
+            end = min(len(data), offset + draw.randrange(1, 200_000))
+            with lock:
+                appends += 1
+            if draw.random() < 0.3:  # and goes away
+                with contextlib.suppress(OSError):
+                    server.begin_append(location, data[offset:], offset, min(end - offset, 50_000)).close()
+                continue
+            answer = server.append(location, data[offset:end], offset, last=end == len(data))
+            assert answer.status in (200, 201, 204, 400, 404, 409, 503), answer.body
+            assert answer.status != 400 or answer.json()["code"] == "inconsistent-length"
+
+    try:
+        for number in range(rounds):
+            episode, data = f"many{number}", make_artifact(f"many{number}", 400_000, number)
+            with ThreadPoolExecutor(6) as clients:
+                draws = [faults.chance(f"many{workers}.{number}.{client}") for client in range(6)]
+                for each in [clients.submit(go_on, episode, data, draw) for draw in draws]:
+                    each.result(WAIT_S)
+            check_stored(server, episode, data)
+        assert "Traceback" not in server.log.read_text()
+    finally:
+        server.kill()
+    faults.count(
+        f"hostile: appends to one upload at once, {workers} process{'es'[: 2 * (workers > 1)]}",
+        f"{appends} appends of six clients to each of some uploads: every one stored as it was",
+        of=100,
+        tried=rounds,
         test=HERE,
     )
