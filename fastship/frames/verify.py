@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -42,10 +43,15 @@ def verify_content(
     Blocks for the length of a decompression (about 1 GB/s of tar stream a thread), without the GIL. The file is not
     changed and the call may be repeated. Raises `ArtifactError` when it is damaged, cut, not zstd, or holds more than
     ``max_content_bytes`` (None: any size); `Bomb` when it is one by ``max_ratio`` (0: none is);
-    ``InterruptedError`` soon after ``stopped`` says so.
+    ``InterruptedError`` soon after ``stopped`` says so; any other ``OSError`` where the file cannot be read, which says
+    nothing about the artifact.
     """
-    with ArtifactReader.open(path) as reader:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        reader = ArtifactReader(lambda offset, length: os.pread(fd, length, offset), os.fstat(fd).st_size)
         return _verify(reader, threads, max_content_bytes, stopped, max_ratio)
+    finally:
+        os.close(fd)
 
 
 class Bomb(ArtifactError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import resource
 import subprocess
 import tarfile
 from pathlib import Path
@@ -135,3 +136,16 @@ def test_members_are_at_most_as_many_as_bytes(tmp_path: Path, monkeypatch: pytes
     assert verify_content(path).members == 10_000
     with pytest.raises(Bomb, match="members"):
         verify_content(path, max_ratio=1000)
+
+
+def test_a_file_that_cannot_be_read_is_no_damaged_artifact(packed: Path) -> None:
+    """A receiver without a descriptor to spare must not refuse an episode for it."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            verify_content(packed)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with pytest.raises(FileNotFoundError):
+        verify_content(packed.with_name("gone"))
