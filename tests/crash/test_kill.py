@@ -1,31 +1,25 @@
-"""kill -9 at any moment of ``fastship once``; the next pass makes everything good.
+"""kill -9 at random times, of several workers at many episodes and of their receiver; at each call: see ``sweep``.
 
-What is looked at after each: every episode exactly once where it belongs, equal bytes at the receiver and on disk,
+What is looked at afterwards: every episode exactly once where it belongs, equal bytes at the receiver and on disk,
 nothing left in the outbox, no temporary file anywhere.
 """
 
 from __future__ import annotations
 
 import contextlib
-import shutil
 import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import faults
-import msgspec
-import pytest
 from lab import (
     Command,
-    Destination,
     Lab,
     Receiver,
-    Reply,
     Sections,
     contents,
     contents_of,
-    fastship,
     noise,
     telemetry,
     tree,
@@ -35,65 +29,6 @@ from lab import (
 
 MakeLab = Callable[..., Lab]
 
-
-def strace_works() -> bool:
-    if not shutil.which("strace"):
-        return False
-    return subprocess.run(["strace", "-o", "/dev/null", "true"], capture_output=True).returncode == 0
-
-
-# --- at each durable step of the supervisor ----------------------------------------------------------------------
-
-STEPS = [
-    *[("fsync", number) for number in (2, 4, 6, 8, 10)],
-    *[("rename", number) for number in (2, 3, 4, 5)],
-    *[("unlink", number) for number in (1, 4, 7)],
-]
-"""The supervisor's system calls at which it is killed: each kind is counted for itself. A pass over the four episodes
-makes about 16, 8 and 16 of them; those numbers it does not reach end the pass as usual."""
-
-
-@pytest.mark.skipif(not strace_works(), reason="strace is missing, or may not trace here")
-def test_killed_at_a_durable_step(make_lab: MakeLab, destination: Destination, tmp_path: Path) -> None:
-    killed = 0
-    for step, number in STEPS:
-        directory = tmp_path / f"{step}{number}"
-        directory.mkdir()
-        lab = Lab(directory, destination.url, {})
-        destination.stored.clear()
-        destination.say("held", Reply(409, b'{"error": "another content"}'))
-        destination.say("refused", Reply(422, b'{"error": "no such schema"}'))
-        names = ("held", "refused", "ship1", "ship2")
-        before = {name: tree(lab.episode(name, files={"data": telemetry(20_000, name)})) for name in names}
-        once = fastship("once", "-c", lab.settings_file(), "--quiet")
-        inject = ["-e", f"trace={step}", "-e", f"inject={step}:signal=KILL:when={number}"]
-        ended = subprocess.run(["strace", "-qq", "-o", "/dev/null", *inject, *once], cwd=directory, capture_output=True)
-        killed += ended.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL)
-
-        told = f"killed at {step} {number}"
-        result = lab.once()
-
-        assert (result.transient_failures, result.conflicts) == (0, 1), told
-        look = {place: lab.names(place) for place in ("episodes", "shipped", "quarantine", "holds")}
-        expected = {"episodes": ["held"], "shipped": ["ship1", "ship2"], "quarantine": ["refused"]}
-        assert look == {**expected, "holds": ["held.json"]}, told
-        assert lab.names("outbox") == ["held.manifest.json", "held.tar.zst"], told
-        assert sorted(destination.stored) == ["ship1", "ship2"], told
-        for name in ("ship1", "ship2"):
-            assert tree(lab.shipped / name) == before[name], told
-            assert contents_of(destination.stored[name]) == contents(before[name]), told
-        assert tree(lab.episodes / "held") == before["held"], told
-        reason = msgspec.json.decode((lab.quarantine / "refused" / "quarantine_reason.json").read_bytes())
-        assert reason["status_code"] == 422, told
-        after = tree(lab.quarantine / "refused")
-        del after["quarantine_reason.json"]
-        assert after == before["refused"], told
-        assert not list(lab.root.rglob(".*")), told
-    print(f"killed {killed} of {len(STEPS)} times")
-    assert killed > len(STEPS) // 2
-
-
-# --- at any time, either end -------------------------------------------------------------------------------------
 
 KILLS = 8
 LINE: Sections = {
