@@ -194,6 +194,12 @@ MOVES = {
         {"old": "quarantine/old", "young": "quarantine/young"},
         {"old": None, "young": "quarantine/young"},
     ),
+    "ship again": Move(
+        prepare_shipped,
+        lambda spool: spool.reship("a"),
+        {"a": "shipped/a", "b": "shipped/b"},
+        {"a": "episodes/a", "b": "shipped/b"},
+    ),
     "remove a copy": Move(
         prepare_shipped,
         lambda spool: Shelf(spool.paths).remove("a"),
@@ -369,6 +375,7 @@ SYNCED_AFTER = {
     "retry": (("unlink", REASON_FILE), "/quarantine/ep"),
     "drop": (("rename", "/quarantine/ep"), "/quarantine"),
     "keep-local": (("unlink", "/holds/ep.json"), "/holds"),
+    "ship again": (("rename", "/shipped/a"), "/episodes"),
 }
 """What a power loss may not bring back: the call that removes it, and the directory that is synced next."""
 

@@ -8,6 +8,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -98,6 +99,53 @@ def test_what_rotted_is_set_aside_and_its_id_is_free(store: Store) -> None:
     assert check(store).verdict == "sound"
     flip(store.artifact_path("e"), len(data) // 2)
     assert check(store).set_aside == "rotted/e~1.tar.zst"  # the older one is not replaced
+
+
+class Stop(BaseException):
+    """The process ends here."""
+
+
+def test_what_rotted_is_in_one_place_with_its_reason_wherever_it_is_stopped(tmp_path: Path) -> None:
+    """At each call that changes something: the next one finds it, and the id comes free with nothing lost."""
+    changing = ("write", "fsync", "rename", "unlink", "mkdir", "utime")
+    stop_at, ended = 0, False
+    while not ended:
+        store = Store(ReceiverSettings(root=str(tmp_path / str(stop_at))))
+        data = keep(store)
+        flip(store.artifact_path("e"), len(data) // 2)
+        rotten = store.artifact_path("e").read_bytes()
+        made = 0
+
+        def counted(real: Callable[..., object], limit: int = stop_at) -> Callable[..., object]:
+            def call(*args: object, **more: object) -> object:
+                nonlocal made
+                if made >= limit:
+                    raise Stop
+                made += 1
+                return real(*args, **more)
+
+            return call
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in changing:
+                patch.setattr(os, name, counted(getattr(os, name)))
+            try:
+                check(store)
+                ended = True
+            except Stop:
+                pass
+        stored, aside = store.artifact_path("e"), store.root / "rotted" / "e.tar.zst"
+        assert stored.exists() != aside.exists(), stop_at
+        assert (stored if stored.exists() else aside).read_bytes() == rotten
+        if aside.exists():
+            assert json.loads((store.root / "rotted" / "e.reason.json").read_bytes())["verdict"] == "rotted"
+        Custody(Store(ReceiverSettings(root=str(store.root)))).check("e")
+        assert aside.read_bytes() == rotten
+        assert store.receipt("e") is None
+        keep(store)
+        assert check(store).verdict == "sound"
+        stop_at += 1
+    assert stop_at > 6
 
 
 def test_what_rotted_is_only_told_of_where_it_is_to_stay(store: Store) -> None:
