@@ -142,8 +142,14 @@ class Store:
         return self._read_receipt(episode) or self._recover(episode)
 
     def kept_receipt(self, episode: str, inode: int) -> Receipt | None:
-        """The receipt of the artifact that is this inode, as it was written; None where it is lost or spoilt."""
+        """The receipt of the artifact that is this inode, as it was written; None where it is lost or spoilt.
+
+        Afterwards the artifact is durable, so that a receipt may stand beside it.
+        """
         with contextlib.suppress(FileNotFoundError):
+            if not self._receipt_path(episode).exists():
+                with open(self.artifact_path(episode), "rb") as file:
+                    self._sync_named(file.fileno())
             os.rename(self._waiting_receipt(episode, inode), self._receipt_path(episode))
         return self._read_receipt(episode)
 
@@ -407,10 +413,7 @@ class Store:
             try:
                 with open(self.artifact_path(episode), "rb") as file:
                     stat = os.fstat(file.fileno())
-                    # Whoever gave it its name may not have come to sync that, and may have died; whoever put a file
-                    # there by hand synced nothing. Until both are durable it is not stored, and has no receipt.
-                    os.fsync(file.fileno())
-                    durable.sync_directory(self._episodes)
+                    self._sync_named(file.fileno())
                     with contextlib.suppress(FileNotFoundError):
                         os.rename(self._waiting_receipt(episode, stat.st_ino), self._receipt_path(episode))
                     receipt = self._read_receipt(episode)
@@ -429,6 +432,12 @@ class Store:
             receipt = self._make_receipt(episode, sha256, stat.st_size, content, read)
             durable.write_file(self._receipt_path(episode), _encode(receipt))
             return receipt
+
+    def _sync_named(self, fd: int) -> None:
+        """Before an artifact without a receipt is given one: whoever gave it its name may not have come to sync that,
+        and may have died; whoever put a file there by hand synced nothing. Until both are durable it is not stored."""
+        os.fsync(fd)
+        durable.sync_directory(self._episodes)
 
     def _read_receipt(self, episode: str) -> Receipt | None:
         """None where there is none, or one that cannot be of the artifact beside it: a flipped bit of it would be told

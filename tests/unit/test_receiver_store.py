@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastship import durable
+from fastship.episode import Receipt
 from fastship.errors import ArtifactError, ReceiverError
 from fastship.receiver.answers import Answer
 from fastship.receiver.decisions import Declared
@@ -228,7 +229,10 @@ def test_a_root_that_cannot_be(tmp_path: Path) -> None:
         assert caught.value.remedy
 
 
-def test_nobody_is_told_of_a_name_that_is_not_durable_yet(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ask", ["receipt", "kept_receipt"])
+def test_nobody_is_told_of_a_name_that_is_not_durable_yet(
+    store: Store, monkeypatch: pytest.MonkeyPatch, ask: str
+) -> None:
     """Another thread, or a process that was killed, gave it and has not synced it: whoever asks syncs it, or fails."""
     data = make_artifact()
     prepared = store.prepare(one_shot(store, data), declared(data))
@@ -236,6 +240,10 @@ def test_nobody_is_told_of_a_name_that_is_not_durable_yet(store: Store, monkeypa
     store.sync(prepared)
     assert store.name(prepared) is None
     synced: list[Path] = []
+    inode = store.artifact_path("e").stat().st_ino
+
+    def asked() -> Receipt | None:
+        return store.receipt("e") if ask == "receipt" else store.kept_receipt("e", inode)
 
     def failing(path: Path) -> None:
         raise OSError(errno.EIO, "the directory cannot be synced")
@@ -243,11 +251,11 @@ def test_nobody_is_told_of_a_name_that_is_not_durable_yet(store: Store, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(durable, "sync_directory", failing)
         with pytest.raises(OSError, match="cannot be synced"):
-            store.receipt("e")
+            asked()
     assert names(store.root) >= {"episodes/e.tar.zst"}
     assert "episodes/e.receipt.json" not in names(store.root)
     monkeypatch.setattr(durable, "sync_directory", lambda path: synced.append(path))
-    assert store.receipt("e") == prepared.receipt
+    assert asked() == prepared.receipt
     assert synced == [store.root / "episodes"]
     store.settle(prepared)
     prepared.close()
