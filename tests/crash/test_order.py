@@ -118,6 +118,20 @@ def check_publishing(run: Run, calls: list[Call]) -> int:
     return len(run.artifacts)
 
 
+def check_receipts(run: Run, calls: list[Call]) -> int:
+    """A receipt gets its place beside an artifact whose bytes and name are on the disk: so it is believed (`Store`)."""
+    disk = Disk(run.store, run.store_before)
+    checked = 0
+    for call in calls:
+        match = re.fullmatch(re.escape(f"{run.store}/episodes/") + r"([^/]+)\.receipt\.json", call.other)
+        if match is not None and call.name == "rename":
+            kept = disk.content(f"episodes/{match[1]}.tar.zst", Loss.ALL)
+            need(kept == run.artifacts[match[1]], f"{match[1]}: its receipt is in place before it is on the disk")
+            checked += 1
+        disk.feed(call)
+    return checked
+
+
 def check_retiring(run: Run, calls: list[Call]) -> int:
     """Answer, receipt and its file's name, the move, both directories, and only then the artifact goes."""
     told = exchanges(calls)
@@ -158,6 +172,7 @@ RULES: dict[str, Callable[[Run, list[Call]], int]] = {
     "named by the receiver": lambda run, calls: check_names(run, calls, run.store, run.store_before),
     "named by the shipper": lambda run, calls: check_names(run, calls, run.spool, run.spool_before),
     "published": check_publishing,
+    "receipts": check_receipts,
     "retired": check_retiring,
 }
 LEAST = {
@@ -165,12 +180,13 @@ LEAST = {
     "named by the receiver": 2 * len(OTHERS) + len(EPISODES),
     "named by the shipper": 6,
     "published": len(OTHERS) + len(EPISODES) - 1,
+    "receipts": len(OTHERS) + len(EPISODES) - 1,
     "retired": 10,
 }
 """Steps that a rule must find in the run."""
 
 MISSING: dict[str, list[str]] = {
-    r"fsync .*/store/episodes": ["told by the receiver", "published"],
+    r"fsync .*/store/episodes": ["told by the receiver", "published", "receipts"],
     r"fdatasync .*/store/uploads/[0-9a-f]{64}\.part": ["told by the receiver"],
     r"fdatasync .*\.lock": ["told by the receiver"],
     r"fsync .*/store/uploads": ["told by the receiver"],
