@@ -40,6 +40,7 @@ class Ages:
     """The ages of files below one directory, which remembers in ``path`` how its clock went. Not thread-safe."""
 
     def __init__(self, path: Path) -> None:
+        self.steps = 0  # seen so far
         self._path = path
         self._written_at: float | None = None
         self._last = self._read()
@@ -57,6 +58,7 @@ class Ages:
             else:
                 stepped = not -STEP_S <= passed_s <= AWAY_S
             steady = 0.0 if stepped else None if last.steady_s is None else last.steady_s + max(0.0, passed_s)
+        self.steps += stepped
         self._last = _Steady(wall, boottime, boot_id, steady)
         if stepped or self._written_at is None or boottime - self._written_at >= WRITE_S:
             self._written_at = boottime

@@ -32,7 +32,7 @@ BOOTS_BEFORE_GIVING_UP = 3  # workers in a row that ended before they were ready
 HIRE_AGAIN_S = 1.0  # after the system gave no process
 START_REMEDY = "is the installation whole and readable, and is there room for processes, memory and open files?"
 TERMINATE_S = 3.0  # from SIGTERM to SIGKILL
-LISTENING_S = 1.0  # a turn of the loop that takes longer was held up
+LISTENING_S = 0.5  # a turn of the loop that takes longer was held up
 
 
 class Hand:

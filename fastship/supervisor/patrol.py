@@ -66,6 +66,7 @@ class Patrol:
         self._said_full = False
         self._told: set[str] = set()  # unfinished episodes and links at the last look
         self._notice_at: float | None = None
+        self._steps = 0  # of the clock
         self._next_look = self._next_pass = self._next_hold_look = self._next_cleanup = 0.0
 
     def repair(self) -> None:
@@ -203,7 +204,9 @@ class Patrol:
         if time.monotonic() >= self._next_cleanup:
             self._cleanup()
         self._serve_requests()
-        if self._spool.ages.look():
+        self._spool.ages.look()
+        if self._spool.ages.steps != self._steps:  # found here, or by one of those who asked for an age before
+            self._steps = self._spool.ages.steps
             log.warning("clock-stepped", remedy="nothing is cleaned up for its age before it is as old since now")
         requests.forget_old(self._spool.paths.requests, self._spool.ages, older_than_s=3600.0)
 

@@ -139,7 +139,8 @@ def all_is_shipped(
     lab: Lab, receiver: Receiver, recorded: dict[str, dict[str, Any]], gone: Collection[str] = ()
 ) -> None:
     wait_until(lambda: lab.names("shipped") == sorted(recorded), "all to be shipped")
-    assert lab.names("outbox") == lab.names("quarantine") == lab.names("holds") == []
+    wait_until(lambda: lab.names("outbox") == [], "the last artifact to go")
+    assert lab.names("quarantine") == lab.names("holds") == []
     assert receiver.stored() == {*recorded, *gone}
     assert {name: tree(lab.shipped / name) for name in recorded} == recorded
     journals = list(lab.root.glob("receipts/*"))
