@@ -232,3 +232,48 @@ def test_the_run_has_all_that_matters(blackout_run: Run) -> None:
     assert ways["appended"] == {"PUT", "PATCH"}
     assert ways["streamed"] == {"HEAD", "PUT", "PATCH"}
     assert {one.status for one in told} >= {200, 201, 204, 400, 404, 409, 412}
+
+
+# --- the model itself ---------------------------------------------------------------------------------------------
+
+WRITTEN = b"x" * 10_000
+
+
+def left_of(tmp_path: Path, loss: Loss, synced: tuple[str, ...]) -> set[bytes | None]:
+    """What may be under a name that was given by a rename, when those syncs were made; None: no such name."""
+    before, root = tmp_path / "before", tmp_path / "root"
+    before.mkdir(exist_ok=True)
+    temporary, name = f"{root}/.tmp", f"{root}/name"
+    steps = [
+        Call("openat", 1, 1, 1, 3, path=temporary, fd=3, flags="O_WRONLY|O_CREAT"),
+        Call("write", 2, 2, 1, len(WRITTEN), path=temporary, fd=3, data=WRITTEN),
+        Call("fsync", 3, 4, 1, 0, path=temporary, fd=3),
+        Call("rename", 5, 5, 1, 0, path=temporary, other=name),
+        Call("fsync", 6, 7, 1, 0, path=str(root), fd=4),
+    ]
+    disk = Disk(root, before)
+    for step in steps:
+        if step.name != "fsync" or step.path in synced:
+            disk.feed(step)
+    chance, found = faults.chance("model"), set()
+    for number in range(200):
+        target = tmp_path / f"{loss.value}{len(synced)}-{number}"
+        disk.write_to(target, loss, chance, lambda data: data)
+        path = target / "name"
+        found.add(path.read_bytes() if path.exists() else None)
+    return found
+
+
+def test_what_the_model_loses(tmp_path: Path) -> None:
+    file, directory = f"{tmp_path}/root/.tmp", f"{tmp_path}/root"
+    for loss in Loss:
+        assert left_of(tmp_path, loss, (file, directory)) == {WRITTEN}
+    assert left_of(tmp_path, Loss.NOTHING, ()) == {WRITTEN}
+    assert left_of(tmp_path, Loss.ALL, ()) == {None}
+    ordered = left_of(tmp_path, Loss.ORDERED, ())
+    assert {None, b"", WRITTEN} < ordered
+    assert all(WRITTEN.startswith(data) for data in ordered - {None} if data is not None)
+    any_part = left_of(tmp_path, Loss.ANY, ())
+    assert {None, b"", WRITTEN, bytes(len(WRITTEN))} < any_part
+    torn = {len(data) for data in any_part if data is not None and data.strip(b"x")}
+    assert len(torn) > 1
