@@ -19,6 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
+from fastship import durable
 from fastship.receiver import answers
 from fastship.receiver.answers import Answer
 from fastship.receiver.decisions import Body, Declared
@@ -88,8 +89,12 @@ class SmallStore:
                 for storing in together:
                     if storing.answer is None or storing.answer.status < 300:
                         storing.answer = storage_failed(error, answers.ABOUT_EPISODE)
-        for storing in named:
-            self._attempt(self._settle, storing)
+                for storing in named:
+                    assert storing.prepared is not None
+                    durable.unlink_if_present(storing.prepared.partial.path)
+            else:  # a receipt in its place says that the name beside it is durable
+                for storing in named:
+                    self._attempt(self._settle, storing)
         for storing in together:
             if storing.prepared is not None:
                 storing.prepared.close()

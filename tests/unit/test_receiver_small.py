@@ -157,7 +157,11 @@ def test_nobody_is_told_of_a_name_that_may_be_lost(
     answered = store_all(together, gate, [small("a", one), small("b", one), small("b", one), small("b", b"x")])
     assert [answer.status for answer in answered] == [500, 500, 500, 422]
     monkeypatch.undo()
-    assert together.submit(small("a", one)).result(WAIT_S).status == 200  # it has its name and its receipt
+    assert not [name for name in files(store) if name.endswith((".receipt.json", ".part"))]
+    synced: list[Path] = []
+    monkeypatch.setattr(durable, "sync_directory", synced.append)
+    assert together.submit(small("a", one)).result(WAIT_S).status == 200  # it has its name, which is synced now
+    assert synced == [store.root / "episodes"]
 
 
 def test_an_error_that_nobody_foresaw_is_one_artifacts_own(
