@@ -106,9 +106,11 @@ class Book:
         self.transient = 0  # attempts that ended without a verdict on the episode
 
     def begin_afresh(self, policy: Policy) -> None:
-        """Go by new settings: the destination may be another one now, so nothing of the old one's pause counts."""
+        """Go by new settings: the destination may be another one now, so nothing of the old one's pause counts; what
+        they leave of cores and disk is told anew."""
         self.policy = policy
         self.budget = Budget(policy.cores)
+        self.room = Room()
         self.breaker = Breaker()
         for episode in self.waiting:
             self.entries[episode].not_before = 0.0

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logs.Logger(__name__)
 
-SHORT_S = 10.0  # between two rounds while the disk is short
+SHORT_S, SHORT_SPACING = 2.0, 5.0  # between two rounds while the disk is short, and in times of what the last one took
 ASK_AGAIN_S = 3600.0  # about a copy that the receiver did not confirm
 ASKED_AT_ONCE = 2  # as many as a receiver reads at once; what is no longer to go then was read in vain
 CLOSE_S = 5.0
@@ -55,6 +55,7 @@ class Retention:
         self._next_round = self._next_short = 0.0
         self._wanted_free_bytes = 0  # of the disk, before copies stop making room
         self._total_bytes = 0
+        self._round_s = 0.0  # what the last one took
 
     def turn(self, *, missing_bytes: int, paused: bool) -> None:
         """Begin a round when one is due. ``missing_bytes``: so much of the disk must become free; ``paused``: the
@@ -67,7 +68,7 @@ class Retention:
             return
         first = self._next_round == 0.0
         self._next_round = now + self._rules.quarantine_cleanup_interval_s
-        self._next_short = now + SHORT_S
+        self._next_short = now + max(SHORT_S, SHORT_SPACING * self._round_s)
         if not self._on and not first:
             return
         self._wanted_free_bytes = self._free_bytes() + missing_bytes if self._rules.shipped_make_room else 0
@@ -83,6 +84,7 @@ class Retention:
 
     def _round(self) -> None:
         """In the thread."""
+        began = time.monotonic()
         try:
             self._shelf.finish_removals()
             if self._on:
@@ -94,6 +96,8 @@ class Retention:
         except Exception as error:
             log.exception("retention-failed")
             self._waits(f"{type(error).__name__}: {error}")
+        finally:
+            self._round_s = time.monotonic() - began
 
     def _work(self) -> None:
         from fastship.custody import Ledger

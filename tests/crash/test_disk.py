@@ -63,6 +63,15 @@ def mounted(directory: Path, kind: str, size_mib: int = DISK_MIB) -> Iterator[Pa
 KINDS = ["tmpfs"] if faults.SHARE < 0.1 else ["tmpfs", "ext4"]
 
 
+SCENARIOS = ["heeded", "full", "copies", "verdicts"]
+DRAWN = faults.some_of(SCENARIOS, "disk", least=len(SCENARIOS) if faults.SHARE >= 0.1 else 2)
+"""They take some seconds each, mostly of waiting: a small share of the faults has two of them, in time all."""
+
+
+def drawn(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(name not in DRAWN, reason="not drawn for this share of the faults (FASTSHIP_FAULTS)")
+
+
 def pressure(lab: Lab) -> DiskPressure | None:
     with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):
         return msgspec.json.decode((lab.state / "pressure.json").read_bytes(), type=DiskPressure)
@@ -77,9 +86,11 @@ def level(lab: Lab) -> str:
 class Recorder:
     """Writes episodes of noise, in small pieces, until it is told to stop; what it never should see is an error."""
 
-    def __init__(self, lab: Lab, *, stops: bool) -> None:
+    def __init__(self, lab: Lab, *, stops: bool, bytes_in_all: int = 1 << 40) -> None:
         self._lab = lab
-        self._stops = stops  # at "critical", as a recorder should
+        self._stops = stops  # at "critical", as a recorder should; for good, unless there is an end to what it has
+        self._rest_bytes = bytes_in_all
+        self._goes_on = bytes_in_all < 1 << 40
         self.told = threading.Event()
         self.recorded: dict[str, dict[str, Any]] = {}
         self.refused = 0  # times that the disk said it was full
@@ -87,7 +98,7 @@ class Recorder:
 
     def _run(self) -> None:
         number = 0
-        while not self.told.is_set():
+        while not self.told.is_set() and self._rest_bytes > 0:
             number += 1
             directory = self._lab.episodes / f"ep{number:03}"
             directory.mkdir()
@@ -100,7 +111,10 @@ class Recorder:
                 break  # it may be incomplete: no marker
             self._mark(directory)
             self.recorded[directory.name] = tree(directory)
-            if self._stops and level(self._lab) == "critical":
+            self._rest_bytes -= len(data)
+            while self._goes_on and not self.told.is_set() and level(self._lab) == "critical":
+                time.sleep(0.05)
+            if self._stops and not self._goes_on and level(self._lab) == "critical":
                 return
 
     def _write(self, fd: int, data: bytes) -> None:
@@ -135,6 +149,11 @@ class Recorder:
         assert not self._thread.is_alive()
 
 
+def receipts(lab: Lab) -> list[dict[str, Any]]:
+    journals = lab.root.glob("receipts/*")
+    return [msgspec.json.decode(line) for journal in journals for line in journal.read_bytes().splitlines()]
+
+
 def all_is_shipped(
     lab: Lab, receiver: Receiver, recorded: dict[str, dict[str, Any]], gone: Collection[str] = ()
 ) -> None:
@@ -143,11 +162,10 @@ def all_is_shipped(
     assert lab.names("quarantine") == lab.names("holds") == []
     assert receiver.stored() == {*recorded, *gone}
     assert {name: tree(lab.shipped / name) for name in recorded} == recorded
-    journals = list(lab.root.glob("receipts/*"))
-    receipts = [msgspec.json.decode(line) for journal in journals for line in journal.read_bytes().splitlines()]
-    assert {one["receipt"]["episode"] for one in receipts} == {*recorded, *gone}
+    assert {one["receipt"]["episode"] for one in receipts(lab)} == {*recorded, *gone}
 
 
+@drawn("heeded")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_recorder_that_heeds_the_pressure_never_meets_a_full_disk(tmp_path: Path, kind: str) -> None:
     with contextlib.closing(Receiver(tmp_path / "store")) as receiver, mounted(tmp_path, kind) as disk:
@@ -183,6 +201,7 @@ def test_a_recorder_that_heeds_the_pressure_never_meets_a_full_disk(tmp_path: Pa
     faults.count(name, what, of=waiting, tried=len(recorder.recorded), test=TEST)
 
 
+@drawn("full")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_disk_that_is_really_full_costs_nothing(tmp_path: Path, kind: str) -> None:
     """The recorder heeds nothing and fights for each block, also for those that an upload has just freed."""
@@ -218,6 +237,41 @@ def test_a_disk_that_is_really_full_costs_nothing(tmp_path: Path, kind: str) -> 
     faults.count(f"disk: {kind} full", what, of=met, tried=met, test=TEST)
 
 
+@drawn("copies")
+def test_a_disk_is_enough_for_more_than_it_holds_where_copies_make_room(tmp_path: Path) -> None:
+    """A recorder writes one and a half times the disk (three times, where there is time): copies of what is at the
+    receiver go at once."""
+    times = 3.0 if faults.SHARE >= 0.1 else 1.5
+    with contextlib.closing(Receiver(tmp_path / "store")) as receiver, mounted(tmp_path, "tmpfs") as disk:
+        lab = Lab(disk, receiver.url, {**STEADY, "retention": {"shipped_make_room": True}})
+        with (
+            Command("run", "-c", lab.settings_file({"workers": {"count": 2}}), log=tmp_path / "run.log") as daemon,
+            Recorder(lab, stops=True, bytes_in_all=int(times * DISK_MIB * (1 << 20))) as recorder,
+        ):
+            recorder.wait()
+            assert recorder.refused == 0
+            recorded = recorder.recorded
+            wait_until(lambda: lab.names("episodes") == [], "all to be shipped")
+            wait_until(lambda: lab.names("outbox") == [], "the last artifact to go")
+            assert daemon.process.poll() is None
+            daemon.signal(signal.SIGTERM)
+            assert daemon.wait() == 0
+            assert "Traceback" not in daemon.log
+        assert receiver.stored() == set(recorded)
+        left = [name for name in lab.names("shipped") if not name.startswith(".")]
+        assert 0 < len(left) < len(recorded)
+        when = {one["receipt"]["episode"]: one["retired_at"] for one in receipts(lab)}
+        assert set(when) == set(recorded)
+        oldest_left = min(when[name] for name in left)
+        assert all(when[name] <= oldest_left for name in recorded if name not in left), "the oldest go first"
+        assert {name: tree(lab.shipped / name) for name in left} == {name: recorded[name] for name in left}
+        assert lab.names("quarantine") == lab.names("holds") == []
+    what = "recorder writes more than the disk holds, copies make room: each removed after the receiver read it again"
+    gone = len(recorded) - len(left)
+    faults.count("disk: copies make room", what, of=len(recorded), tried=gone, test=TEST)
+
+
+@drawn("verdicts")
 def test_receipts_that_a_full_disk_does_not_take_retire_nothing(tmp_path: Path, destination: Destination) -> None:
     """Verdicts come while not one byte can be written: each is asked for again, and none is forgotten."""
     with mounted(tmp_path, "tmpfs", 8) as disk:

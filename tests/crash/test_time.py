@@ -107,9 +107,19 @@ def slowed(pid: int, calls: str, how: str) -> Iterator[None]:
             strace.terminate()
 
 
+SCENARIOS = ["jumps", "suspended", "slow", "hanging", "slow everywhere"]
+DRAWN = faults.some_of(SCENARIOS, "time", least=len(SCENARIOS) if faults.SHARE >= 0.1 else 2)
+"""They take some seconds each, mostly of waiting: a small share of the faults has two of them, in time all."""
+
+
+def drawn(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(name not in DRAWN, reason="not drawn for this share of the faults (FASTSHIP_FAULTS)")
+
+
 # --- clocks ----------------------------------------------------------------------------------------------------------
 
 
+@drawn("jumps")
 def test_a_clock_that_jumps_by_years_cleans_up_nothing(tmp_path: Path, destination: Destination) -> None:
     clock = SetClock(tmp_path)
     with contextlib.closing(Receiver(tmp_path / "store")) as receiver:
@@ -151,6 +161,7 @@ def test_a_clock_that_jumps_by_years_cleans_up_nothing(tmp_path: Path, destinati
 # --- hosts that stand still ------------------------------------------------------------------------------------------
 
 
+@drawn("suspended")
 @pytest.mark.parametrize("first", ["supervisor", "workers"] if faults.SHARE >= 0.1 else ["supervisor"])
 def test_a_host_that_was_suspended_kills_nobody(tmp_path: Path, destination: Destination, first: str) -> None:
     """Four times for longer than the heartbeat's limit: three deaths would put the episode into quarantine."""
@@ -185,6 +196,7 @@ def test_a_host_that_was_suspended_kills_nobody(tmp_path: Path, destination: Des
 # --- disks that take their time --------------------------------------------------------------------------------------
 
 
+@drawn("slow")
 @pytest.mark.skipif(not strace_works(), reason="strace is missing, or may not trace here")
 def test_a_slow_disk_under_the_supervisor_kills_nobody(tmp_path: Path, destination: Destination) -> None:
     lab = Lab(tmp_path, destination.url, {**QUICK, "workers": {**QUICK["workers"], "heartbeat_timeout_s": 1.0}})
@@ -208,6 +220,7 @@ def test_a_slow_disk_under_the_supervisor_kills_nobody(tmp_path: Path, destinati
     faults.count("time: slow disk under the supervisor", what, of=1, tried=1, test=TEST)
 
 
+@drawn("hanging")
 @pytest.mark.skipif(not strace_works(), reason="strace is missing, or may not trace here")
 def test_a_pack_that_hangs_in_the_kernel_is_told_of_and_left_alone(tmp_path: Path, destination: Destination) -> None:
     lab = Lab(tmp_path, destination.url, {**QUICK, "workers": {**QUICK["workers"], "count": 1}})
@@ -232,6 +245,7 @@ def still_s(lab: Lab) -> float:
     return max((one.still_s for one in snapshot.progress), default=0.0) if snapshot else 0.0
 
 
+@drawn("slow everywhere")
 @pytest.mark.skipif(not strace_works(), reason="strace is missing, or may not trace here")
 def test_every_call_of_a_pass_may_be_slow(tmp_path: Path, destination: Destination) -> None:
     """A pass of which each call that looks at or changes the disk takes longer."""

@@ -698,6 +698,15 @@ def test_room_again_and_all_goes_on_with_what_had_none_first_to_try_again() -> N
     assert desk.state("b") is State.WAITING
 
 
+def test_new_settings_may_keep_less_of_the_disk_free() -> None:
+    desk = Desk()
+    desk.tell(SHORT, ev.WorkerJoined(1))
+    desk.find("a", "b", "c")
+    assert desk.state("b") is State.READY
+    desk.book.begin_afresh(policy())
+    assert assigned(desk.tell(ev.Tick())) == [(1, "b")]
+
+
 def test_what_is_held_does_not_keep_others_from_being_lent_room() -> None:
     desk = Desk()
     desk.tell(SHORT, ev.WorkerJoined(1))
