@@ -21,12 +21,16 @@ from fastship.settings import Settings
 from fastship.spool import Journal, Spool
 from fastship.upload import Reread, reread
 
-State = Literal["equal", "missing", "rotted", "differs", "local-differs"]
+State = Literal["equal", "missing", "rotted", "differs", "unknown", "local-differs"]
 
 
 class Checked(msgspec.Struct, frozen=True, kw_only=True):
-    """One episode. ``state``: "missing" and "rotted" are the receiver's, "differs": it has another content than its
-    receipt says; "local-differs": it is right there, and the copy in ``shipped/`` is not what was shipped."""
+    """One episode.
+
+    ``state``: "missing" and "rotted" are the receiver's; "differs": it has another content than its receipt says;
+    "unknown": the receiver cannot tell; "local-differs": it is right there, and the copy in ``shipped/`` is not what
+    was shipped.
+    """
 
     episode: str
     state: State
@@ -129,6 +133,8 @@ def _judge(found: Reread, receipt: Receipt | None) -> tuple[State, str]:
     if found.verdict == "rotted":
         place = f"; it is set aside there as {found.set_aside}" if found.set_aside else ""
         return "rotted", f"it rotted at the receiver: {found.error}{place}"
+    if found.verdict not in ("sound", "mended"):
+        return "unknown", f"the receiver cannot tell: {found.error}"
     if receipt is None:
         return "equal", ""  # its receipt here is lost: the receiver's own is all there is
     if receipt.content is not None and found.content_blake3 is not None:

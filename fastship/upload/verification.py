@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from fastship.episode import Outcome, Receipt, Verdict
+from fastship.episode import Outcome, Receipt, Scope, Verdict
 from fastship.errors import DestinationError
 from fastship.settings import DestinationSettings, UploadSettings
 from fastship.upload.course import Answer, Body, Fault, Request
@@ -71,15 +71,15 @@ def reread(episodes: Iterable[str], destination: DestinationSettings, upload: Up
                 episode = heapq.heappop(due)[1]
                 transfers.start(episode, _request(episode, destination, upload), -1)
             for episode, result, _ in transfers.poll(due[0][0] - now if due else None):
-                found = _read(episode, result)
-                if isinstance(found, Reread):
+                found, verdict, asked_s = _read(episode, result)
+                seconds = retries[episode].next_wait_s(asked_s) if verdict is not None else None
+                if seconds is None:
+                    if found is None:
+                        assert verdict is not None
+                        raise _unanswered(episode, verdict)
                     del retries[episode]
                     yield found
                     continue
-                verdict, asked_s = found
-                seconds = retries[episode].next_wait_s(asked_s)
-                if seconds is None:
-                    raise _unanswered(episode, verdict)
                 heapq.heappush(due, (time.monotonic() + seconds, episode))
     finally:
         transfers.close()
@@ -90,13 +90,16 @@ def _request(episode: str, destination: DestinationSettings, upload: UploadSetti
     return Request(method="POST", url=url, body=Body(), answer_timeout_s=upload.answer_timeout_s, alive=True)
 
 
-def _read(episode: str, result: Answer | Fault) -> Reread | tuple[Verdict, float | None]:
-    """What was found, or the verdict on a try that may be repeated, and after what time. Raises `DestinationError`."""
+def _read(episode: str, result: Answer | Fault) -> tuple[Reread | None, Verdict | None, float | None]:
+    """What was found; and where it is worth to ask again, why, and what time the destination wants until then.
+
+    Raises `DestinationError`.
+    """
     if isinstance(result, Fault):
         verdict = verdict_of_fault(result)
         if not row_of_fault(result).retried:
             raise _unanswered(episode, verdict)
-        return verdict, None
+        return None, verdict, None
     if result.status == 200:
         try:
             found = msgspec.json.decode(result.body, type=Reread)
@@ -104,17 +107,17 @@ def _read(episode: str, result: Answer | Fault) -> Reread | tuple[Verdict, float
             found = None
         if found is not None and found.episode == episode:
             if found.verdict != "failed":
-                return found
-            return Verdict(outcome=Outcome.TRANSIENT, scope=verdict_of_status(result).scope, error=found.error), None
+                return found, None, None
+            return found, Verdict(outcome=Outcome.TRANSIENT, scope=Scope.EPISODE, error=found.error), None
         raise _unable(f"it answers {result.status} and something that is not about {episode}")
     if result.status == 404 and _code(result) == "not-stored":
-        return Reread(episode=episode, verdict="missing", error="it is not stored there")
+        return Reread(episode=episode, verdict="missing", error="it is not stored there"), None, None
     if result.status in (404, 405, 501) or result.status // 100 == 2:
         raise _unable(f"it answers {result.status} to that")
     verdict = verdict_of_status(result)
     if not row_of_status(result).retried:
         raise _unanswered(episode, verdict)
-    return verdict, retry_after_s(result)
+    return None, verdict, retry_after_s(result)
 
 
 def _code(answer: Answer) -> str | None:

@@ -44,6 +44,9 @@ def found(**changes: object) -> Reread:
         (found(verdict="missing"), RECEIPT, "missing"),
         (found(verdict="rotted"), RECEIPT, "rotted"),
         (found(verdict="rotted"), None, "rotted"),
+        (found(verdict="failed"), RECEIPT, "unknown"),
+        (found(verdict="failed"), None, "unknown"),
+        (found(verdict="something new"), None, "unknown"),
     ],
 )
 def test_what_counts_as_equal(found: Reread, receipt: Receipt | None, state: str) -> None:

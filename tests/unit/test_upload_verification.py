@@ -78,7 +78,6 @@ def test_a_busy_or_failing_destination_is_asked_again() -> None:
         (403, b"", "access"),
         (302, b"", "redirect"),
         (503, b"", "cannot be asked"),
-        (200, document("a", "failed"), "cannot be asked"),
     ],
 )
 def test_what_is_no_answer_ends_the_asking_with_a_sentence(status: int, body: bytes, said: str) -> None:
@@ -87,6 +86,16 @@ def test_what_is_no_answer_ends_the_asking_with_a_sentence(status: int, body: by
     assert said in caught.value.message
     assert caught.value.remedy
     assert caught.value.exit_code == EXIT_NOT_SHIPPED
+
+
+def test_what_the_receiver_cannot_tell_of_one_is_no_reason_not_to_ask_for_the_others() -> None:
+    def script(peer: Peer, head: Head) -> None:
+        episode = asked(head)
+        peer.answer(200, document(episode, "failed" if episode == "b" else "sound"))
+
+    found, server = ask(script, "a", "b", "c")
+    assert {one.episode: one.verdict for one in found} == {"a": "sound", "b": "failed", "c": "sound"}
+    assert len(server.heads) == 3 + QUICK.retries
 
 
 def test_nobody_there_is_told_so() -> None:
