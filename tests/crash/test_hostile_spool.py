@@ -570,7 +570,7 @@ def test_an_episode_that_changes_is_shipped_as_it_was_at_one_moment_or_not_at_al
             if name in receiver.stored() and fine_timestamps():
                 read_back(receiver, name, directory / "out", stock=False)
                 for path in (directory / "out" / name).glob("d*/f*"):
-                    assert len(set(path.read_bytes())) == 1, f"{path.name} is of two moments"
+                    assert len(set(path.read_bytes())) <= 1, f"{path.name} is of two moments"
             subprocess.run(["rm", "-rf", directory], check=True)
     faults.count(
         "spool: changed while packed",
