@@ -126,14 +126,14 @@ def check(invocation: Invocation, source: SettingsSource, as_json: bool) -> None
     What they ask for and this host cannot do, but nothing fails for, is told as a note.
     """
     loaded = source.load(need=("spool.root",))
-    from fastship.supervisor import host
+    from fastship.supervisor import disk, host
 
     problems = list(_problems(loaded))
     try:
         host.most_threads(loaded.settings)
     except SettingsError as error:
         problems.append(f"{error.message} ({error.remedy})")
-    notes = list(host.unavailable(loaded.settings))
+    notes = [*host.unavailable(loaded.settings), *disk.unavailable(loaded.settings)]
     if as_json:
         write_json({"ok": not problems, "problems": problems, "notes": notes})
     if problems:

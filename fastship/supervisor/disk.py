@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 
 from fastship import logs, status
 from fastship.lifecycle import Book, DiskLimits, DiskReading, Level, Pressure, reserve_bytes
@@ -25,6 +26,20 @@ PUBLISH_S = 5.0
 OUTBOX_LOOK_SHARE = 0.005  # of a core, for adding up the outbox
 LENT_PART = 4  # one artifact may take a quarter of what is left of a disk that is short
 _REMEDY = "free space there: see docs/operations.md, When the disk is short"
+
+
+def unavailable(settings: Settings) -> Iterator[str]:
+    """As `host.unavailable`, of the spool's file system: what packing will wait for."""
+    try:
+        disk = os.statvfs(settings.spool.root)
+    except OSError:
+        return  # said elsewhere
+    limits = DiskLimits(reserve_bytes=settings.disk.reserve_bytes, reserve_percent=settings.disk.reserve_percent)
+    total, free = disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
+    reserve = reserve_bytes(limits, total)
+    if free < reserve:
+        told = f"disk.reserve_bytes and disk.reserve_percent keep {reserve >> 20} MiB free, {free >> 20} MiB are"
+        yield f"{told}: one episode at a time is packed until there is more"
 
 
 class DiskWatch:

@@ -104,3 +104,12 @@ def test_pressure_is_published_where_there_is_no_room_for_a_file(make: Make, mon
     time.sleep(0.001)
     watch.turn()
     assert published(watch).updated_at > before.updated_at
+
+
+def test_a_reserve_that_is_not_free_is_told_before_it_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.load(values={"spool": {"root": tmp_path}, "disk": {"reserve_percent": 0}})
+    assert list(disk_module.unavailable(Settings.load(values={"spool": {"root": tmp_path / "none"}}))) == []
+    free = os.statvfs_result((4096, 4096, 1 << 30, 1 << 20, 1 << 20, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda _: free)
+    (note,) = disk_module.unavailable(settings)
+    assert "keep 10240 MiB free, 4096 MiB are" in note
