@@ -6,6 +6,8 @@ The public face is ``Shipper``, ``Settings`` and ``PassResult``; importing the p
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +20,19 @@ __version__ = "0.1.0"
 __all__ = ["PassResult", "Settings", "Shipper"]
 
 _HOMES = {"PassResult": "fastship.status", "Settings": "fastship.settings", "Shipper": "fastship.shipper"}
+
+_BYTECODE_BYTES = 64 << 20  # about four times what fastship and all that it imports have
+
+
+def _spare_a_full_disk(directory: str) -> None:
+    """Write no bytecode where there is little room for it: of a file that a full disk cuts short Python knows nothing
+    until it is read, and then no start succeeds any more (python/cpython#126606, in 3.11, 3.12 and 3.13.0)."""
+    disk = os.statvfs(directory)
+    if disk.f_bavail * disk.f_frsize < _BYTECODE_BYTES:
+        sys.dont_write_bytecode = True
+
+
+_spare_a_full_disk(os.path.dirname(__file__))  # now: every process of ours imports this first
 
 
 def __getattr__(name: str) -> Any:
