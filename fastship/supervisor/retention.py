@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 log = logs.Logger(__name__)
 
-SHORT_S, SHORT_SPACING = 2.0, 5.0  # between two rounds while the disk is short, and in times of what the last one took
+SHORT_S, IDLE_S = 2.0, 10.0  # between two rounds while the disk is short; where the last one had nothing to remove
+SHORT_SPACING = 20.0  # times what the last one took, at least: a twentieth of a core
 ASK_AGAIN_S = 3600.0  # about a copy that the receiver did not confirm
 ASKED_AT_ONCE = 2  # as many as a receiver reads at once; what is no longer to go then was read in vain
 CLOSE_S = 5.0
@@ -56,19 +57,24 @@ class Retention:
         self._wanted_free_bytes = 0  # of the disk, before copies stop making room
         self._total_bytes = 0
         self._round_s = 0.0  # what the last one took
+        self._removed = 0  # in it
 
     def turn(self, *, missing_bytes: int, paused: bool) -> None:
         """Begin a round when one is due. ``missing_bytes``: so much of the disk must become free; ``paused``: the
         destination is, and nobody is to be asked."""
         now = time.monotonic()
         short = missing_bytes > 0 and bool(self._rules.shipped_make_room or self._rules.shipped_max_bytes)
-        if (now < self._next_round and not (short and now >= self._next_short)) or paused:
+        first = self._next_round == 0.0  # what a crash left is removed whoever can be asked
+        if (now < self._next_round and not (short and now >= self._next_short)) or (paused and not first):
             return
-        if self._thread is not None and self._thread.is_alive():
-            return
-        first = self._next_round == 0.0
+        if self._thread is not None:
+            if self._thread.is_alive():
+                return
+            self._thread = None
+            self._next_short = now + max(SHORT_S if self._removed else IDLE_S, SHORT_SPACING * self._round_s)
+            if now < self._next_round:
+                return
         self._next_round = now + self._rules.quarantine_cleanup_interval_s
-        self._next_short = now + max(SHORT_S, SHORT_SPACING * self._round_s)
         if not self._on and not first:
             return
         self._wanted_free_bytes = self._free_bytes() + missing_bytes if self._rules.shipped_make_room else 0
@@ -84,7 +90,7 @@ class Retention:
 
     def _round(self) -> None:
         """In the thread."""
-        began = time.monotonic()
+        began, self._removed = time.monotonic(), 0
         try:
             self._shelf.finish_removals()
             if self._on:
@@ -100,17 +106,16 @@ class Retention:
             self._round_s = time.monotonic() - began
 
     def _work(self) -> None:
-        from fastship.custody import Ledger
-
         copies = self._shelf.copies()
         self._total_bytes = sum(one.bytes for one in copies)
         present = {one.name for one in copies}
         self._kept = {name: at for name, at in self._kept.items() if name in present}
         self._tell(copies=len(copies), bytes=self._total_bytes, kept=len(self._kept), waits="")
         left = len(copies)
-        ledger = Ledger(self._settings)
+        ledger: Ledger | None = None  # reads every journal: only when there is something to ask
         waiting = (one for one in copies if self._is_to_be_asked(one))
         while chunk := list(itertools.islice(self._due(waiting), ASKED_AT_ONCE)):
+            ledger = ledger or _open_ledger(self._settings)
             for copy, why in self._ask(ledger, chunk):
                 because = self._reason(copy)
                 if self._stopping.is_set() or not because:
@@ -126,6 +131,7 @@ class Retention:
                 if not whole:
                     log.warning("copy-not-removed", copy=copy.name, remedy="see what is left of it in shipped/")
                 left -= 1
+                self._removed += 1
                 self._total_bytes -= copy.bytes
                 log.info("copy-removed", copy=copy.name, because=because, bytes=copy.bytes)
                 before = self.status or status.RetentionStatus()
@@ -189,3 +195,9 @@ class Retention:
     def _free_bytes(self) -> int:
         disk = os.statvfs(self._spool.paths.shipped)
         return disk.f_bavail * disk.f_frsize
+
+
+def _open_ledger(settings: Settings) -> Ledger:
+    from fastship.custody import Ledger  # libcurl with it, which a supervisor needs for nothing else
+
+    return Ledger(settings)
