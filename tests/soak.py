@@ -25,6 +25,7 @@ import psutil
 from lab import COMMIT, Command, Lab, Receiver, noise, telemetry, tree, wait_until, workers_of
 
 from fastship.episode import MARKER
+from fastship.errors import EXIT_INTERNAL
 from fastship.frames import ArtifactReader
 from fastship.pack import extract
 
@@ -167,7 +168,8 @@ class Soak:
                 getattr(self, f"_{kind}")()
                 next_fault = time.monotonic() + self._chance.expovariate(1 / (3 * pace_s))
             if self._shipper.process.poll() is not None:
-                raise AssertionError(f"the shipper ended by itself: {self._shipper.log[-2000:]}")
+                assert self._ended_of_us(), f"the shipper ended by itself: {self._shipper.log[-2000:]}"
+                self._start_again()
             time.sleep(self._chance.uniform(0, 2 * pace_s))
 
     def settle(self) -> None:
@@ -278,8 +280,12 @@ class Soak:
             self._shipper.signal(signal.SIGTERM)
         status = self._shipper.wait()
         # One that had no handlers yet is ended by the signal itself.
-        assert status in (0, -signal.SIGTERM), self._shipper.log[-4000:]
+        assert status in (0, -signal.SIGTERM) or self._ended_of_us(), self._shipper.log[-4000:]
         self._start_again()
+
+    def _ended_of_us(self) -> bool:
+        """Three workers in a row that were killed before they were ready look as if none could start."""
+        return self._shipper.wait() == EXIT_INTERNAL and "could not start (killed by signal 9)" in self._shipper.log
 
     def _kill_worker(self) -> None:
         for worker in self._workers():
