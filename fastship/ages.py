@@ -76,7 +76,9 @@ class Ages:
     def _read(self) -> _Steady | None:
         try:
             return msgspec.json.decode(self._path.read_bytes(), type=_Steady)
-        except ValueError:  # it is not synced: a power loss may have taken the step that it told of
-            return _Steady(0.0, 0.0, "", 0.0)
-        except OSError:
+        except FileNotFoundError:
             return None
+        except (OSError, ValueError):
+            # It may tell of a step: it is not synced, so a power loss may have taken that, and who cannot read it now
+            # (out of descriptors, say) knows of none.
+            return _Steady(0.0, 0.0, "", 0.0)

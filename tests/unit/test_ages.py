@@ -142,6 +142,12 @@ def test_what_cannot_be_written_is_as_if_it_was_not_there(path: Path, clock: Clo
     assert age_after(path / "no" / "such", clock.wall - YEAR_S) == YEAR_S
 
 
+def test_what_cannot_be_read_now_ages_nothing(path: Path, clock: Clock) -> None:
+    """It may tell of a step."""
+    path.mkdir()
+    assert age_after(path, clock.wall - YEAR_S) == 0.0
+
+
 @pytest.mark.parametrize("left", [b"", b"\0" * 80, b'{"wall": 1.8e9, "boot'])
 def test_what_a_power_loss_left_of_it_ages_nothing(path: Path, clock: Clock, left: bytes) -> None:
     """It may have told of a step."""
