@@ -13,9 +13,7 @@ import contextlib
 import hashlib
 import logging
 import re
-import time
 from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import msgspec
@@ -30,23 +28,21 @@ from fastship.receiver.direct import Takers
 from fastship.receiver.ending import Ending, storage_failed
 from fastship.receiver.ingest import End, Receive, gather, ingest
 from fastship.receiver.load import Load
-from fastship.receiver.lock import Busy, Superseded
+from fastship.receiver.lock import Superseded
 from fastship.receiver.partial import Partial, Unsynced
 from fastship.receiver.reading import send_artifact
 from fastship.receiver.request import Request, Scope, Send
 from fastship.receiver.shares import Shares
 from fastship.receiver.small import SMALL_BYTES, SMALL_CONTENT_BYTES, Small, SmallStore
 from fastship.receiver.store import Store
-from fastship.receiver.uploads import LengthMismatch, UnknownUpload, Upload, WrongOffset
+from fastship.receiver.threads import Threads
+from fastship.receiver.upload import Upload
 from fastship.receiver.verification import Verifications
 from fastship.settings import ReceiverSettings
 
 _log = logging.getLogger("fastship.receiver")
 
-IDLE_TIMEOUT_S = 60.0  # a body of which nothing comes for so long is given up; what came is kept
-_BUSY_WAIT_S = 20.0  # for an artifact that is being verified, before the client is asked to come again
-_TRY_S = 0.05  # so long a thread waits for an upload's lock, then it serves others
-_LARGE_BYTES = 256 << 20  # of artifact or content: about a third of a second to verify
+IDLE_TIMEOUT_S = 60.0  # a body of which next to nothing comes for so long is given up; what came is kept
 _MEND_INTERVAL_S = 3600.0
 _HELD_BYTES = 16 << 20  # of small bodies in memory; more go to the disk at once
 _ROUTE = re.compile(r"/v1/(episodes|uploads|receipts|verifications)/([^/]*)")
@@ -76,10 +72,9 @@ class Receiver:
         self._ending = Ending(self._store)
         self._shares = Shares(self._store, settings)
         self._metrics = Metrics()
-        self._io = ThreadPoolExecutor(16, "receiver-io")
-        self._publishing = ThreadPoolExecutor(8, "receiver-publish")  # fsyncs of several share one commit
-        self._unknown = ThreadPoolExecutor(4, "receiver-unknown")  # of what does not say how long that takes
-        self._verifying = ThreadPoolExecutor(2, "receiver-verify")  # of what takes so long that others would wait
+        self._threads = Threads(self._store.stop)
+        self._in, self._take, self._lane = self._threads.run, self._threads.take, self._threads.lane
+        self._io, self._publishing = self._threads.io, self._threads.publishing
         self._takers = Takers()
         self._small = SmallStore(self._store, self._decide)
         self._verifications = Verifications(self._store)
@@ -94,8 +89,7 @@ class Receiver:
 
     def close(self) -> None:
         """Let threads end; does not wait for them."""
-        for threads in (self._io, self._publishing, self._unknown, self._verifying):
-            threads.shutdown(wait=False)
+        self._threads.close()
         self._takers.close()
         self._small.close()
         self._verifications.close()
@@ -301,7 +295,7 @@ class Receiver:
         refused = await self._in(self._io, self._shares.may_begin, request.caller, declared)
         if refused is not None:
             return refused
-        upload = await self._take(lambda: self._uploads.create(declared, wait_s=_TRY_S))
+        upload = await self._take(lambda wait_s: self._uploads.create(declared, wait_s=wait_s))
         if isinstance(upload, Answer):
             return upload
         try:
@@ -334,7 +328,7 @@ class Receiver:
             return append
         if not body.empty and self._is_full(request):
             return decisions.OVERLOADED.with_fields(*answers.about_upload())
-        upload = await self._take(lambda: self._uploads.take(token, owner, offset=append.offset, wait_s=_TRY_S))
+        upload = await self._take(lambda wait_s: self._uploads.take(token, owner, offset=append.offset, wait_s=wait_s))
         if isinstance(upload, Answer):
             return await self._in(self._io, self._ending.ended, token, owner) or upload
         try:
@@ -400,7 +394,7 @@ class Receiver:
         return True, _GIVEN_UP.with_fields(*answers.about_upload(offset)) if end is End.IDLE else None
 
     async def _head_upload(self, request: Request, token: str) -> Answer | None:
-        look = await self._take(lambda: self._uploads.look(token, request.caller.owner, wait_s=_TRY_S))
+        look = await self._take(lambda wait_s: self._uploads.look(token, request.caller.owner, wait_s=wait_s))
         if isinstance(look, Answer):
             return look
         complete = (fields.UPLOAD_COMPLETE, fields.format_boolean(look.ended is not None))
@@ -410,52 +404,10 @@ class Receiver:
         return Answer(204, None, told)
 
     async def _delete_upload(self, request: Request, token: str) -> Answer | None:
-        gone = await self._take(lambda: self._uploads.cancel(token, request.caller.owner, wait_s=_TRY_S))
+        gone = await self._take(lambda wait_s: self._uploads.cancel(token, request.caller.owner, wait_s=wait_s))
         return gone if isinstance(gone, Answer) else Answer(204)
 
-    # --- in threads ------------------------------------------------------------------------------------------
-
-    def _lane(self, partial: Partial, declared: Declared) -> Executor:
-        """The threads for publishing this. What is verified already, or nearly, does not wait behind what is not, and
-        what says how much it holds not behind what does not, and may hold a thousand times its size."""
-        following = partial.following is not None and partial.following.is_under_way
-        large = max(partial.offset, declared.content_bytes or 0) > _LARGE_BYTES and not following
-        if declared.content_bytes is None and not following and not large:
-            return self._unknown
-        return self._verifying if large else self._publishing
-
     # --- small -----------------------------------------------------------------------------------------------
-
-    async def _in(self, executor: Executor, function: Callable[..., T], *args: Any) -> T:
-        """Run ``function`` in a thread; it runs to its end even if this request is cancelled."""
-        future = asyncio.get_running_loop().run_in_executor(executor, function, *args)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:  # only when the server ends
-            self._store.stop()
-            await asyncio.wait([future])
-            raise
-
-    async def _take(self, function: Callable[[], T]) -> T | Answer:
-        """Call into the uploads, waiting for an artifact that is being verified, and answer what cannot be."""
-        deadline = time.monotonic() + _BUSY_WAIT_S
-        pause_s = _TRY_S
-        while True:
-            try:
-                return await self._in(self._io, function)
-            except UnknownUpload:
-                return answers.UNKNOWN_UPLOAD
-            except WrongOffset as error:
-                return answers.offset_mismatch(error.offset, error.wanted)
-            except LengthMismatch as error:
-                return answers.error(
-                    400, "inconsistent-length", str(error), *answers.about_upload(), type=answers.LENGTH_MISMATCH
-                )
-            except Busy:
-                if time.monotonic() > deadline:
-                    return answers.BEING_VERIFIED
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, 1.0)
 
     async def _ingest(self, request: Request, partial: Partial, limit: int | None, digest: Any) -> End:
         began = partial.offset
@@ -491,7 +443,9 @@ class Receiver:
         return verdict
 
 
-_GIVEN_UP = answers.error(408, "body-timeout", f"nothing came for {IDLE_TIMEOUT_S:.0f} s", ("Connection", "close"))
+_GIVEN_UP = answers.error(
+    408, "body-timeout", f"next to nothing came for {IDLE_TIMEOUT_S:.0f} s", ("Connection", "close")
+)
 
 
 def missing_extra(error: ImportError) -> ReceiverError:

@@ -20,7 +20,8 @@ from fastship.receiver.decisions import Declared
 from fastship.receiver.lock import Busy, Superseded
 from fastship.receiver.partial import Partial, Unsynced
 from fastship.receiver.store import ContentMismatch, DigestMismatch, Store
-from fastship.receiver.uploads import UnknownUpload, Upload
+from fastship.receiver.upload import Upload
+from fastship.receiver.uploads import UnknownUpload
 
 _log = logging.getLogger("fastship.receiver")
 

@@ -24,6 +24,7 @@ Receive = Callable[[], Awaitable[Message]]
 BATCH_BYTES = 1 << 20  # a thread hop costs about 0.1 ms, digest and write of so much 1 to 2 ms
 _BATCH_PIECES = 1024  # a piece of one byte costs 40 bytes to keep; as many as one pwritev(2) takes
 _FAST_S = 0.05  # for a batch: 20 MB/s
+LEAST_BYTES = 4096  # in the idle limit: a byte at a time now and then is idle, too
 _CLOCK_S = 1.0  # how finely the idle limit is kept; moving a timer for each 64 KiB costs more than it is worth
 
 
@@ -55,15 +56,15 @@ async def ingest(
     """
     writer = _Writer(partial, executor, sync_bytes, body_digest)
     loop = asyncio.get_running_loop()
-    taken = 0
+    taken = taken_before = 0
     try:
         async with asyncio.timeout(idle_timeout_s) as limit:
             moved = loop.time()
             while True:
                 now = loop.time()
-                if now - moved > _CLOCK_S:
+                if now - moved > _CLOCK_S and taken - taken_before >= LEAST_BYTES:
                     limit.reschedule(now + idle_timeout_s)
-                    moved = now
+                    moved, taken_before = now, taken
                 message = await receive()
                 if message["type"] != "http.request":
                     end = End.CUT
@@ -82,7 +83,7 @@ async def ingest(
                     limit.reschedule(None)
                     most = direct.left if limit_bytes is None else min(direct.left, limit_bytes - taken)
                     taken += await writer.take(direct, takers, most)
-                    moved = loop.time()
+                    moved, taken_before = loop.time(), taken
                     limit.reschedule(moved + idle_timeout_s)
     except TimeoutError:
         end = End.IDLE
@@ -96,17 +97,23 @@ async def ingest(
 async def gather(receive: Receive, *, idle_timeout_s: float) -> tuple[End, bytes]:
     """A body that is known to be small, in memory."""
     pieces: list[bytes] = []
-    while True:
-        try:
-            async with asyncio.timeout(idle_timeout_s):
+    loop = asyncio.get_running_loop()
+    came = 0
+    try:
+        async with asyncio.timeout(idle_timeout_s) as limit:
+            while True:
                 message = await receive()
-        except TimeoutError:
-            return End.IDLE, b"".join(pieces)
-        if message["type"] != "http.request":
-            return End.CUT, b"".join(pieces)
-        pieces.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return End.WHOLE, b"".join(pieces)
+                if message["type"] != "http.request":
+                    return End.CUT, b"".join(pieces)
+                pieces.append(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return End.WHOLE, b"".join(pieces)
+                came += len(pieces[-1])
+                if came >= LEAST_BYTES:
+                    limit.reschedule(loop.time() + idle_timeout_s)
+                    came = 0
+    except TimeoutError:
+        return End.IDLE, b"".join(pieces)
 
 
 class _Writer:

@@ -11,7 +11,8 @@ from fastship.receiver.access import Caller
 from fastship.receiver.answers import Answer
 from fastship.receiver.decisions import Declared
 from fastship.receiver.store import Store
-from fastship.receiver.uploads import LengthMismatch, Upload
+from fastship.receiver.upload import Upload
+from fastship.receiver.uploads import LengthMismatch
 from fastship.settings import ReceiverSettings
 
 

@@ -21,7 +21,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,12 +36,12 @@ from fastship.receiver.lock import Busy, Gone, State, Superseded, UploadLock
 from fastship.receiver.partial import Digest, Partial, Unsynced, sync_data
 from fastship.receiver.reserved import Reserved
 from fastship.receiver.sweep import Sweep
+from fastship.receiver.upload import Upload, note, own
 
 _log = logging.getLogger("fastship.receiver")
 _TOKEN = re.compile(r"[0-9a-f]{64}")
 WAIT_S = 5.0  # for an upload's lock; whoever verifies holds it for longer
 _GENERATIONS = 10**11  # where one may begin; lock has room for ten times as many
-_WRITER_WAIT_S = 60.0  # a HEAD's fdatasync on a slow disk must not end an append
 
 
 class UnknownUpload(Exception):
@@ -67,46 +67,6 @@ class Look(msgspec.Struct, frozen=True):
     length: int | None
     ended: Answer | None = None
     owner: str = ""
-
-
-class Upload:
-    """An upload that this request has taken over. Close it."""
-
-    ended = False
-
-    def __init__(self, token: str, declared: Declared, lock: UploadLock, generation: int, partial: Partial) -> None:
-        self.token = token
-        self.declared = declared
-        self.partial = partial
-        self._lock = lock
-        self._generation = generation
-
-    @contextlib.contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Hold the upload against everybody. Raises `Superseded` when it is another request's by now."""
-        with _own(self._lock, self._generation):
-            yield
-
-    def tell(self) -> int:
-        """Make all bytes and the counter durable and return the offset, which may then be told. Raises `Unsynced`."""
-        offset = self.partial.sync()
-        with self.exclusive():
-            state = self._lock.read()
-            try:
-                self._lock.write(state._replace(synced=max(state.synced, offset)), durably=True)
-            except Unsynced:
-                self.partial.unsynced()
-                raise
-        return offset
-
-    def hold(self, offset: int) -> None:
-        """Let bytes above ``offset`` not count until `release`; -1 releases."""
-        with self.exclusive():
-            self._lock.write(self._lock.read()._replace(held=offset))
-
-    def close(self) -> None:
-        self.partial.close()
-        self._lock.close()
 
 
 class _Running(NamedTuple):
@@ -392,8 +352,8 @@ class Uploads:
             offset=before.synced,
             running=running.digest if running else None,
             following=running.following if running else self._follow() if before.synced == 0 else None,
-            guard=lambda: _own(lock, generation),
-            synced=lambda offset: _note(lock, generation, offset),
+            guard=lambda: own(lock, generation),
+            synced=lambda offset: note(lock, generation, offset),
             unsynced=lambda: self._abandon(token, lock, generation),
             reserve_bytes=self._reserve_bytes,
         )
@@ -455,7 +415,7 @@ class Uploads:
 
     def _abandon(self, token: str, lock: UploadLock, generation: int) -> None:
         """The disk lost bytes of it: nobody may be told of them by a later sync that finds nothing wrong."""
-        with contextlib.suppress(Superseded), _own(lock, generation):
+        with contextlib.suppress(Superseded), own(lock, generation):
             _log.error("upload %s... is abandoned: the disk did not take its bytes", token[:8])
             self._remove(token)
 
@@ -488,24 +448,6 @@ class Uploads:
 def _drop(running: _Running | None) -> None:
     if running is not None and running.following is not None:
         running.following.abandon()
-
-
-@contextlib.contextmanager
-def _own(lock: UploadLock, generation: int) -> Iterator[None]:
-    """Hold the lock while ``generation`` is still the writer's. Raises `Superseded`."""
-    try:
-        with lock.locked(_WRITER_WAIT_S, generation=generation):
-            yield
-    except (Gone, Busy):  # whoever ended the upload had taken it over
-        raise Superseded from None
-
-
-def _note(lock: UploadLock, generation: int, offset: int) -> None:
-    """Write down that ``offset`` bytes are on the disk, not durably: nobody is told of it yet."""
-    with _own(lock, generation):
-        state = lock.read()
-        if state.held < 0 or offset <= state.held:
-            lock.write(state._replace(synced=max(state.synced, offset)))
 
 
 def _may(owner: str, known: str) -> bool:

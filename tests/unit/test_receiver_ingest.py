@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fastship.receiver.ingest import BATCH_BYTES, End, Message, ingest
+from fastship.receiver.ingest import BATCH_BYTES, End, Message, gather, ingest
 from fastship.receiver.partial import Partial
 
 CHUNKS = [bytes([number % 251]) * 65536 for number in range(60)]  # more than three batches
@@ -135,3 +135,18 @@ def test_crumbs_are_not_gathered_for_long(partial: Partial) -> None:
     assert run(partial, receive) is End.WHOLE
     assert written[0] >= 2000
     assert partial.offset == 3000
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_a_byte_now_and_then_is_idle(partial: Partial, small: bool) -> None:
+    async def receive() -> Message:
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    if small:
+        end, data = asyncio.run(gather(receive, idle_timeout_s=0.3))
+        assert end is End.IDLE
+        assert data == b"x" * len(data) != b""
+    else:
+        assert run(partial, receive, idle_timeout_s=0.3) is End.IDLE
+        assert partial.path.read_bytes() == b"x" * partial.offset != b""

@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from fastship import durable
+from fastship.receiver import answers, sweep
 from fastship.receiver.answers import Answer
 from fastship.receiver.decisions import Declared
 from fastship.receiver.ending import Ending
@@ -341,3 +343,30 @@ def test_what_a_clock_left_in_the_future_is_of_now(uploads: Uploads) -> None:
         os.utime(path, (time.time() + 1e9,) * 2)
     assert uploads.sweep() == 0
     assert all(path.stat().st_mtime <= time.time() for path in uploads._directory.glob(f"{token}.*"))
+
+
+def test_tombstones_are_bounded(uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "MOST_TOMBSTONES", 2)
+    for number in range(4):
+        upload = uploads.create(declared(b"x", episode=f"e{number}"))
+        with upload.exclusive():
+            uploads.end(upload, answers.digest_mismatch("it was not"))
+        upload.close()
+        path = uploads._ended / f"{upload.token}.json"
+        os.utime(path, (path.stat().st_mtime - 100 * (4 - number),) * 2)
+    assert uploads.sweep() == 2
+    left = [uploads.ended(uploads.token(declared(b"x", episode=f"e{number}"))) is not None for number in range(4)]
+    assert left == [False, False, True, True]
+
+
+def test_an_upload_is_its_owners(uploads: Uploads) -> None:
+    mine = msgspec.structs.replace(declared(b"x" * 10), owner="name:a")
+    token = uploads.token(mine)
+    uploads.create(mine).close()
+    assert uploads.token(msgspec.structs.replace(mine, owner="name:b")) != token
+    for act in (uploads.take, uploads.look, uploads.cancel):
+        with pytest.raises(UnknownUpload):
+            act(token, "name:b")
+    assert uploads.look(token, "name:a").offset == 0
+    uploads.take(token, "name:a").close()
+    uploads.cancel(token, "name:a")
