@@ -105,7 +105,7 @@ def check_publishing(run: Run, calls: list[Call]) -> int:
     for episode in run.artifacts:
         target = f"{run.store}/episodes/{episode}.tar.zst"
         (link,) = [call for call in calls if call.name == "link" and call.other == target]
-        written = max(call.ended for call in calls if call.name.startswith("pwrite") and call.path == link.path)
+        written = max(c.ended for c in calls if c.name.startswith("pwrite") and c.path == link.path)
         synced = [c for c in calls if c.name == "fsync" and c.path == link.path and written < c.begun]
         need(synced and synced[0].ended < link.begun, f"{episode}: the artifact is not synced before it is named")
         answers = [one.at for one in told if one.stored_sha256 is not None and episode_of(one, uploads) == episode]
