@@ -35,6 +35,7 @@ _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _NAME_MAX = 255  # bytes of one part of a name (Linux)
 _COMPONENTS = 32 << 10  # of a name: without a limit one could make millions of directories
+_NAME_PARTS = 4096  # four times what a test packs; each member of that depth costs a walk of some 0.1 s
 _MARKER = MARKER.encode()
 _MARKER_BYTES = 64 << 10  # it is empty, or a word or two
 _FILE_MODE = 0o777
@@ -376,6 +377,8 @@ def _components(name: bytes) -> tuple[bytes, ...]:
     parts = tuple(part for part in name.split(b"/") if part not in (b"", b"."))
     if len(name) > MOST_NAME_BYTES + _NAME_MAX or len(parts) > _COMPONENTS:
         raise ExtractRefused(f"a member has a name of {len(name)} bytes in {len(parts)} parts: no episode has one")
+    if len(parts) > _NAME_PARTS:
+        raise ExtractRefused(f"a member is {len(parts)} directories deep; at most {_NAME_PARTS} are made")
     if name.startswith(b"/") or b".." in parts or b"\0" in name:
         remedy = "the archive is hostile or was made by hand; look at it with zstd -d | tar tv"
         raise ExtractRefused(f"the name {printable(name)!r} leads out of the target directory", remedy=remedy)

@@ -306,6 +306,13 @@ def test_a_name_of_a_million_directories_is_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "out") == []
 
 
+def test_a_name_of_thousands_of_directories_is_refused(tmp_path: Path) -> None:
+    blocks = header(b"d/" * 30_000, 0o755, 0, 0, 0, 0, ord("5"))
+    with pytest.raises(ExtractRefused, match="deep"):
+        extract(over(stock(blocks + END_OF_ARCHIVE)), tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == []
+
+
 @pytest.mark.parametrize("content", [b"", b"at noon"])
 def test_an_extraction_cut_short_leaves_no_marker(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "ep").mkdir()
