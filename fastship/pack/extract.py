@@ -35,6 +35,7 @@ _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _NAME_MAX = 255  # bytes of one part of a name (Linux)
 _COMPONENTS = 32 << 10  # of a name: without a limit one could make millions of directories
+_LONG_NAME_BYTES = 4096
 _NAME_PARTS = 4096  # four times what a test packs; each member of that depth costs a walk of some 0.1 s
 _MARKER = MARKER.encode()
 _MARKER_BYTES = 64 << 10  # it is empty, or a word or two
@@ -126,6 +127,10 @@ class _Selection:
     def has(self, name: bytes) -> bool:
         """Whether the member or a directory above it was asked for."""
         name = _plain(name)
+        if len(name) > _LONG_NAME_BYTES:  # going up it costs the square of its length
+            hits = [one for one in self._wanted if name == one or name.startswith(one + b"/")]
+            self._found.update(hits)
+            return bool(hits)
         hit = False
         while name:
             if name in self._wanted:

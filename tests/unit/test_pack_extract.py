@@ -306,6 +306,16 @@ def test_a_name_of_a_million_directories_is_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "out") == []
 
 
+def test_long_names_are_chosen_from_as_others_are(tmp_path: Path) -> None:
+    deep = b"d/" * 3000
+    blocks = header(deep + b"a", 0o644, 0, 0, 0, 0) + header(b"x/" * 1_000_000, 0o755, 0, 0, 0, 0, ord("5"))
+    artifact = stock(blocks + END_OF_ARCHIVE)
+    assert extract(over(artifact), tmp_path / "out", ["d"]).members == 1
+    with pytest.raises(ArtifactError, match="not in the artifact"):
+        extract(over(artifact), tmp_path / "other", ["e"])
+    subprocess.run(["rm", "-rf", tmp_path / "out"], check=True)
+
+
 def test_a_name_of_thousands_of_directories_is_refused(tmp_path: Path) -> None:
     blocks = header(b"d/" * 30_000, 0o755, 0, 0, 0, 0, ord("5"))
     with pytest.raises(ExtractRefused, match="deep"):
