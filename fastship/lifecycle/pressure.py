@@ -15,6 +15,8 @@ import msgspec
 
 RISE = 1.1  # of a watermark: the level gets better only above that, so that it does not flutter
 RESERVE_INODES = 10_000  # at most; `DiskLimits.reserve_percent` of all where that is less
+FULL_BYTES = 1 << 20
+"""A disk without a reserve is critical below this: the last blocks of a full one come and go, and none is of use."""
 READINGS = 48
 """What the estimate is made from. There are 1,128 slopes between two of so many: about a millisecond."""
 SPACING_S = (1.0, 10.0)
@@ -98,7 +100,7 @@ class Pressure:
     def _part_of_reserve(self, reading: DiskReading) -> float:
         """Free space in parts of the reserve, or free inodes in parts of theirs where those are shorter."""
         reserve = reserve_bytes(self.limits, reading.total_bytes)
-        parts = [reading.free_bytes / reserve if reserve else float(reading.free_bytes)]
+        parts = [reading.free_bytes / (reserve or 2 * FULL_BYTES)]
         inodes = min(RESERVE_INODES, int(reading.total_inodes * self.limits.reserve_percent / 100))
         if inodes:
             parts.append(reading.free_inodes / inodes)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from fastship import logs, status
 from fastship.lifecycle import Book, DiskLimits, DiskReading, Level, Pressure, reserve_bytes
 from fastship.lifecycle.events import Room
+from fastship.lifecycle.pressure import FULL_BYTES
 from fastship.settings import Settings
 from fastship.spool import Spool
 
@@ -156,7 +157,7 @@ class DiskWatch:
                 free_bytes=found.free_bytes,
                 total_bytes=found.total_bytes,
                 reserve_bytes=found.reserve_bytes,
-                critical_bytes=found.reserve_bytes // 2,
+                critical_bytes=found.reserve_bytes // 2 or FULL_BYTES,
                 free_inodes=reading.free_inodes if reading.total_inodes else None,
                 waiting_bytes=found.outbox_bytes,
                 waiting_episodes=len(self._book.ready) + len(self._book.waiting),

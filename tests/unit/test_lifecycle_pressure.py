@@ -51,7 +51,9 @@ def test_a_disk_without_inodes_is_as_full_as_one_without_bytes() -> None:
 
 def test_without_a_reserve_only_a_full_disk_is_critical() -> None:
     pressure = Pressure(DiskLimits(reserve_bytes=0, reserve_percent=0.0))
-    assert levels(pressure, 1e-6, 0) == [Level.OK, Level.CRITICAL]
+    few_blocks, some_mib = 16 << 10, 4 << 20
+    told = [pressure.look(DiskReading(free_bytes=free, total_bytes=GIB), 0.0) for free in (some_mib, few_blocks, 0)]
+    assert told == [Level.OK, Level.CRITICAL, Level.CRITICAL]
 
 
 def fill(pressure: Pressure, bytes_per_s: float, seconds: int, *, noise: float = 0.0) -> int:
