@@ -128,6 +128,12 @@ class Server:
             thread.start()
 
     def _serve(self, sock: socket.socket) -> None:
+        with contextlib.ExitStack() as stack:
+            raw = stack.enter_context(sock.dup()) if self._tls else None
+            self._serve_on(sock, raw)
+
+    def _serve_on(self, sock: socket.socket, raw: socket.socket | None) -> None:
+        """``raw``: what is beneath TLS, which outlives it."""
         try:
             if self._tls:
                 sock = self._tls.wrap_socket(sock, server_side=True)
@@ -136,6 +142,13 @@ class Server:
             while head := peer.head():
                 self.heads.append(head)
                 self._script(peer, head)
+        except ssl.SSLError:
+            # Closed with the client's request unread, the connection would be reset, and the alert lost with it.
+            with contextlib.suppress(OSError):
+                assert raw is not None
+                raw.shutdown(socket.SHUT_WR)
+                while raw.recv(65536):
+                    pass
         except OSError:
             pass  # the client went away, or the script closed the connection
         except BaseException as error:
