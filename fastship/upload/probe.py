@@ -12,11 +12,12 @@ Imports ``course``, ``curl``, ``native`` and ``verdict``; ``tune`` imports it th
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import secrets
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 import msgspec
@@ -24,7 +25,7 @@ import msgspec
 from fastship import fields
 from fastship.settings import DestinationSettings, UploadSettings
 from fastship.upload.course import Answer, Body, Fault, Request
-from fastship.upload.curl import Transfers
+from fastship.upload.curl import Ended, Transfers
 from fastship.upload.native import Misbehaviour, UploadPlace, episode_url, read_answer
 from fastship.upload.verdict import verdict_of_fault, verdict_of_status
 
@@ -121,6 +122,7 @@ class _Probe:
         self._url = episode_url(destination, f"fastship-link-{secrets.token_hex(8)}")
         self._failed: LinkUnknown | None = None
         self._limit_bytes = 0  # of each line
+        self._waiting: collections.deque[Ended[int]] = collections.deque()
 
     def run(self, connections: int, seconds: float, limit_bytes: int) -> Measured:
         self._limit_bytes = limit_bytes
@@ -151,7 +153,7 @@ class _Probe:
         deadline = time.monotonic() + _CANCEL_S
         # Creations under way: until they are answered, nobody knows what to cancel.
         while self._creating() and (left := deadline - time.monotonic()) > 0:
-            for number, result, _ in self._transfers.poll(left):
+            for number, result, _ in self._results(left):
                 if self._lines[number].place is None:
                     with contextlib.suppress(StopIteration):
                         self._sending[number].send(result)
@@ -172,7 +174,7 @@ class _Probe:
         for number, line in list(steps.items()):
             self._transfers.start(number, next(line), self._data_fd)
         while steps and self._failed is None and (left := deadline - time.monotonic()) > 0:
-            for number, result, sent_bytes in self._transfers.poll(left):
+            for number, result, sent_bytes in self._results(left):
                 if number in self._lines:
                     self._lines[number].sent_bytes += sent_bytes
                 try:
@@ -182,6 +184,13 @@ class _Probe:
         for number in steps:
             if number not in self._lines or self._lines[number].place is not None:
                 self._transfers.cancel(number)
+
+    def _results(self, wait_s: float) -> Iterator[Ended[int]]:
+        """Those of `Transfers.poll`. An interruption at one leaves the others to `close`, which cancels them."""
+        if not self._waiting:
+            self._waiting.extend(self._transfers.poll(wait_s))
+        while self._waiting:
+            yield self._waiting.popleft()
 
     def _ask(self) -> _Steps:
         answer = yield Request(method="OPTIONS", url=self._url, answer_timeout_s=self._timeout_s)

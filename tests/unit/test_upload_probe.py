@@ -10,6 +10,7 @@ from lab import Destination, Receiver
 
 from fastship.settings import DestinationSettings, UploadSettings
 from fastship.upload import LinkSpeed, LinkUnknown, measure_link
+from fastship.upload.curl import Ended, Transfers
 from fastship.upload.probe import _Append, _rate
 
 UPLOAD = UploadSettings(retries=0, answer_timeout_s=5.0, stall_timeout_s=5.0)
@@ -89,13 +90,31 @@ def test_a_destination_that_is_not_there_is_told(url: str) -> None:
     assert found.reason
 
 
-def test_an_interrupted_measuring_takes_its_uploads_back(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+def test_an_interrupted_measuring_takes_its_uploads_back(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    """Also when the answers to both creations are taken at once, and the first is where it is interrupted."""
     from fastship.upload import probe
 
+    poll = Transfers.poll
+    held: list[Ended[int]] = []
+
+    def poll_together(self: Transfers[int], timeout_s: float) -> list[Ended[int]]:
+        """What asks whether uploads are kept as it comes, then both creations."""
+        held.extend(poll(self, timeout_s))
+        if len(held) == 1 and getattr(held[0].result, "status", 0) == 201:
+            return []
+        ended, held[:] = list(held), []
+        return ended
+
+    if at_once:
+        monkeypatch.setattr(Transfers, "poll", poll_together)
     append = probe._append
 
     def interrupt(*_: object) -> None:
         """While the other upload may be there or not."""
+        monkeypatch.setattr(Transfers, "poll", poll)
         monkeypatch.setattr(probe, "_append", append)
         raise KeyboardInterrupt
 
