@@ -335,4 +335,6 @@ def age(store: Path) -> None:
     for path in store.rglob("*"):
         status = path.stat()
         os.utime(path, (status.st_atime, status.st_mtime - UPLOAD_MAX_AGE_S - 3600))
+    # And the clock went steadily meanwhile: a note that could not be read at a start makes ages begin there.
+    (store / "uploads" / "clock").unlink(missing_ok=True)
     Store(ReceiverSettings(root=str(store), upload_max_age_s=UPLOAD_MAX_AGE_S)).mend()
