@@ -297,6 +297,7 @@ def test_in_a_body_on_the_wire(tmp_path: Path, server: Server) -> None:
     faults.count("custody: bit flips on the wire", what, of=len(points), tried=len(tried), test="test_bitflip.py")
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("side", ["request", "answer"])
 def test_in_the_rest_of_what_is_said(tmp_path: Path, server: Server, side: str) -> None:
     """Heads of requests, and answers: nothing wrong is stored or believed, and the next attempt is right."""
