@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ import syscalls
 from lab import Destination, Lab, Receiver
 
 MakeLab = Callable[..., Lab]
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell gives it to what runs in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else the commands under test would inherit it
 
 
 def pytest_report_header() -> str:
