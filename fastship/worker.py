@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import logging
 import os
@@ -286,7 +287,7 @@ class Worker:
             room = self._room_for(assignment)
             with self._outbox.begin(episode) as file:
                 kept = KeptFrames(file.fileno())
-                begin = lambda size: self._begin_stream(episode, kept, size)  # noqa: E731 - it is one expression
+                begin = functools.partial(self._begin_stream, episode, kept)
                 sink = _Outgoing(file, room, kept, self._stream_bytes, begin)
                 manifest = pack(directory, sink, self._options, self._pool, advanced, kept)
                 file.truncate()

@@ -12,11 +12,11 @@ Imports ``course``, ``curl``, ``native`` and ``verdict``; ``tune`` imports it th
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import os
 import secrets
 import time
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -122,7 +122,7 @@ class _Probe:
         self._url = episode_url(destination, f"fastship-link-{secrets.token_hex(8)}")
         self._failed: LinkUnknown | None = None
         self._limit_bytes = 0  # of each line
-        self._waiting: collections.deque[Ended[int]] = collections.deque()
+        self._waiting: deque[Ended[int]] = deque()
 
     def run(self, connections: int, seconds: float, limit_bytes: int) -> Measured:
         self._limit_bytes = limit_bytes

@@ -21,7 +21,7 @@ from fastship.errors import DestinationError
 from fastship.settings import DestinationSettings, UploadSettings
 from fastship.upload.course import Answer, Body, Fault, Request
 from fastship.upload.curl import Transfers
-from fastship.upload.native import Retries
+from fastship.upload.native import Retries, error_code
 from fastship.upload.verdict import retry_after_s, row_of_fault, row_of_status, verdict_of_fault, verdict_of_status
 
 AT_ONCE = 2
@@ -44,10 +44,6 @@ class Reread(msgspec.Struct, frozen=True, kw_only=True):
     ended_at: str = ""
     set_aside: str = ""
     receipt: Receipt | None = None
-
-
-class _Code(msgspec.Struct, frozen=True):
-    code: str | None = None
 
 
 def reread(episodes: Iterable[str], destination: DestinationSettings, upload: UploadSettings) -> Iterator[Reread]:
@@ -110,7 +106,7 @@ def _read(episode: str, result: Answer | Fault) -> tuple[Reread | None, Verdict 
                 return found, None, None
             return found, Verdict(outcome=Outcome.TRANSIENT, scope=Scope.EPISODE, error=found.error), None
         raise _unable(f"it answers {result.status} and something that is not about {episode}")
-    if result.status == 404 and _code(result) == "not-stored":
+    if result.status == 404 and error_code(result) == "not-stored":
         return Reread(episode=episode, verdict="missing", error="it is not stored there"), None, None
     if result.status in (404, 405, 501) or result.status // 100 == 2:
         raise _unable(f"it answers {result.status} to that")
@@ -118,13 +114,6 @@ def _read(episode: str, result: Answer | Fault) -> tuple[Reread | None, Verdict 
     if not row_of_status(result).retried:
         raise _unanswered(episode, verdict)
     return None, verdict, retry_after_s(result)
-
-
-def _code(answer: Answer) -> str | None:
-    try:
-        return msgspec.json.decode(answer.body, type=_Code).code
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return None
 
 
 def _unable(how: str) -> DestinationError:
