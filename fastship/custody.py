@@ -62,7 +62,7 @@ class Ledger:
     def require(self, episodes: Iterable[str]) -> None:
         """Raises `UsageError` for the first that was never retired."""
         for episode in episodes:
-            if self._journal.find(episode) is None and not self._spool.copies(episode):
+            if self._journal.find(episode) is None and not self._spool.shelf.names_of(episode):
                 spoilt = f"; {len(self.spoilt)} lines of receipts/ cannot be read" if self.spoilt else ""
                 raise UsageError(
                     f"there is no receipt of {episode} in {self._spool.paths.receipts}{spoilt}",
@@ -87,7 +87,7 @@ class Ledger:
         copy, copy_error = None, ""
         if local or state != "equal":
             copy, copy_error = self._find_copy(found.episode, content, line.fingerprint if line is not None else "")
-        if state == "equal" and local and copy is None and self._spool.copies(found.episode):
+        if state == "equal" and local and copy is None and self._spool.shelf.names_of(found.episode):
             state, error = "local-differs", f"it is right at the receiver, but {copy_error}"
         return Checked(
             episode=found.episode,
@@ -105,7 +105,7 @@ class Ledger:
         says nothing of that; or why there is none."""
         if (self._spool.paths.episodes / episode).is_dir():
             return None, "it is in episodes/, to be shipped when its turn comes"
-        names = self._spool.copies(episode)
+        names = self._spool.shelf.names_of(episode)
         if not names:
             return None, "no copy of it is in shipped/"
         if content is None and not fingerprint:

@@ -155,6 +155,15 @@ def publish(source: Path, target: Path) -> None:
     os.unlink(source)
 
 
+def free_path(directory: Path, name: str, suffix: str = "") -> Path:
+    """``directory/name`` and ``suffix``, or with ``~1``, ``~2``... between them where that is taken."""
+    target, number = directory / f"{name}{suffix}", 0
+    while os.path.lexists(target):
+        number += 1
+        target = directory / f"{name}~{number}{suffix}"
+    return target
+
+
 def unlink_if_present(path: Path | str) -> bool:
     """Remove a file; True when it was there. Not durable by itself: only for what may safely come back."""
     try:

@@ -12,6 +12,7 @@ import enum
 import errno
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,21 @@ _EPISODE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _COMMIT = re.compile(r"[0-9a-fA-F]{40}")
 _NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO}  # nor a FIFO or a device that waits
 _META_LIMIT_BYTES = 1 << 20  # a meta.json is some kB; nothing of 1 MiB is one
+
+
+_WALL = "%Y-%m-%dT%H:%M:%SZ"
+
+
+def now_wall() -> str:
+    """The time as fastship writes it into its files: UTC, whole seconds."""
+    return time.strftime(_WALL, time.gmtime())
+
+
+def read_wall(text: str) -> float:
+    """Seconds since the epoch of what `now_wall` gave. Raises ``ValueError``."""
+    from calendar import timegm  # datetime with it, which nobody else needs at each start
+
+    return float(timegm(time.strptime(text, _WALL)))
 
 
 def is_episode_id(name: str) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
+
+import msgspec
 
 from fastship.episode import (
     MARKER,
@@ -104,3 +107,13 @@ def files_below(top: Path) -> dict[str, bytes]:
         for directory, _, names in os.walk(top)
         for name in names
     }
+
+
+def journal_lines(spool: Spool) -> list[dict[str, object]]:
+    """Every line of the journals of receipts, oldest first; torn ones are passed over."""
+    found = []
+    for path in sorted(spool.paths.receipts.glob("*.jsonl")):
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(msgspec.json.decode(line, type=dict[str, object]))
+    return found

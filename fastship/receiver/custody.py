@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from fastship import pagecache
-from fastship.episode import Receipt
+from fastship.episode import Receipt, now_wall
 from fastship.frames import ReadAgain, read_again
 from fastship.receiver.store import Store
 
@@ -96,7 +96,7 @@ class Custody:
         with self._claimed(episode, stopped, wait) as fd:
             if fd is None:
                 return None
-            began_at = _now()
+            began_at = now_wall()
             inode = os.fstat(fd).st_ino
             receipt = self._store.kept_receipt(episode, inode)
             reading = self._read(fd, stopped)
@@ -115,7 +115,7 @@ class Custody:
                 read_from="disk" if reading.cached_bytes == 0 else "file",
                 cached_bytes=reading.cached_bytes,
                 began_at=began_at,
-                ended_at=_now(),
+                ended_at=now_wall(),
                 receipt=receipt,
             )
             if verdict == "rotted":
@@ -223,7 +223,3 @@ def _is_at(path: os.PathLike[str], fd: int) -> bool:
         return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd))
     except FileNotFoundError:
         return False
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -26,14 +26,21 @@ import re
 import secrets
 import socket
 import threading
-import time
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from fastship import durable, pagecache, sealed
-from fastship.episode import ARTIFACT_SUFFIX, Read, Receipt, ReceivedArtifact, ReceivedContent, is_episode_id
+from fastship.episode import (
+    ARTIFACT_SUFFIX,
+    Read,
+    Receipt,
+    ReceivedArtifact,
+    ReceivedContent,
+    is_episode_id,
+    now_wall,
+)
 from fastship.errors import ArtifactError, ReceiverError
 from fastship.frames import Following, ReadAgain, verify_content
 from fastship.receiver import answers
@@ -158,7 +165,7 @@ class Store:
         content = None
         if found.content is not None:
             content = ReceivedContent(found.content.blake3, found.content.bytes, found.content.members)
-        read = Read(artifact="file", content="file" if content is not None else None, at=_now())
+        read = Read(artifact="file", content="file" if content is not None else None, at=now_wall())
         receipt = self._make_receipt(episode, found.sha256, found.bytes, content, read)
         durable.write_file(self._receipt_path(episode), _encode(receipt))
         return receipt
@@ -185,10 +192,7 @@ class Store:
         """
         rotted = self.root / "rotted"
         rotted.mkdir(exist_ok=True)
-        target, number = rotted / f"{episode}{ARTIFACT_SUFFIX}", 0
-        while os.path.lexists(target):
-            number += 1
-            target = rotted / f"{episode}~{number}{ARTIFACT_SUFFIX}"
+        target = durable.free_path(rotted, episode, ARTIFACT_SUFFIX)
         name = target.name.removesuffix(ARTIFACT_SUFFIX)
         encoded = msgspec.json.format(msgspec.json.encode(reason), indent=2) + b"\n"
         durable.write_file(rotted / f"{name}.reason.json", encoded)
@@ -285,7 +289,7 @@ class Store:
         first = self._already(sha256, declared, content)
         if first is not None:
             return first
-        read = Read(artifact=read_from, content=content_from, at=_now())
+        read = Read(artifact=read_from, content=content_from, at=now_wall())
         receipt = self._make_receipt(declared.episode, sha256, partial.offset, content, read)
         waiting = self._waiting_receipt(declared.episode, os.fstat(partial.fd).st_ino)
         return Prepared(partial, declared, receipt, waiting)
@@ -402,7 +406,7 @@ class Store:
             artifact=ReceivedArtifact(sha256, size),
             content=content,
             verified="content" if content is not None else "artifact",
-            stored_at=_now(),
+            stored_at=now_wall(),
             receiver=self._name,
             read=read,
         )
@@ -426,7 +430,7 @@ class Store:
             content, content_from = None, None
             with contextlib.suppress(ArtifactError):
                 content, content_from = self._verify_content(self.artifact_path(episode), None)
-            read = Read(artifact="file", content=content_from, at=_now())
+            read = Read(artifact="file", content=content_from, at=now_wall())
             if content is None and self._verify == "content":
                 _log.error("%s cannot be unpacked: fastship scrub sets it aside", self.artifact_path(episode))
             receipt = self._make_receipt(episode, sha256, stat.st_size, content, read)
@@ -466,10 +470,6 @@ class Store:
 
     def _waiting_receipt(self, episode: str, inode: int) -> Path:
         return self._uploads / f"{episode}.{inode}.receipt"
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _encode(receipt: Receipt) -> bytes:

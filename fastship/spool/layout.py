@@ -17,9 +17,24 @@ import time
 from pathlib import Path
 
 from fastship import durable
-from fastship.errors import SpoolBusy, SpoolError
+from fastship.episode import is_episode_id
+from fastship.errors import SpoolBusy, SpoolError, UsageError
 
 DIRECTORIES = ("episodes", "outbox", "shipped", "quarantine", "holds", "receipts", "state", "state/requests")
+
+
+_LATER = "~"  # shipped/<id>~1: no id holds one, so what follows it is ours (`durable.free_path`)
+
+
+def episode_of(name: str) -> str:
+    """The id of an entry of ``shipped/`` or ``quarantine/``, which is called so or, where that was taken, ``id~N``."""
+    return name.partition(_LATER)[0]
+
+
+def require_id(episode: str) -> None:
+    """Raises `UsageError` for what cannot be an id."""
+    if not is_episode_id(episode):
+        raise UsageError(f"{episode!r} cannot be an episode's id", remedy="letters, digits and ._- only, at most 200")
 
 
 class Layout:

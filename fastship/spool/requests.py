@@ -122,7 +122,7 @@ def carry_out(spool: Spool, request: Request) -> Effect:
         ready = spool.retry(episode, new_id=request.new_id)
         return Effect(f"{ready} is back in episodes/ and will be tried again", ready=ready)
     if request.action == "reship":
-        ready = spool.reship(episode)
+        ready = spool.shelf.reship(episode)
         return Effect(f"{ready} is back in episodes/ and will be shipped again", ready=ready)
     if request.action == "drop":
         spool.drop_quarantined(episode)

@@ -5,8 +5,8 @@ state before or after it, with nothing lost (argued at each); only the holder of
 change something; an episode's directory is only ever renamed within the spool, never written into, but for the
 reason in a quarantined one.
 
-Imports ``layout``, ``outbox``, ``reason``, ``removal``, ``durable``, ``episode``, ``lifecycle``, ``errors``; the
-supervisor and the shipper import it.
+Imports ``layout``, ``outbox``, ``reason``, ``removal``, ``shelf``, ``durable``, ``episode``, ``lifecycle``, ``errors``;
+the supervisor and the shipper import it.
 """
 
 from __future__ import annotations
@@ -15,30 +15,28 @@ import errno
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
 from fastship import durable, sealed
 from fastship.ages import Ages
-from fastship.episode import MARKER, Manifest, Receipt, is_episode_id
+from fastship.episode import MARKER, Manifest, Receipt, is_episode_id, now_wall
 from fastship.errors import UsageError
 from fastship.lifecycle import Facts
 from fastship.spool.journal import Line
-from fastship.spool.layout import Layout, Lock
+from fastship.spool.layout import Layout, Lock, episode_of, require_id
 from fastship.spool.outbox import Outbox
 from fastship.spool.reason import QuarantineReason, put_reason, read_reason, reason_places
 from fastship.spool.removal import remove_tree
+from fastship.spool.shelf import Shelf
 
 log = logging.getLogger(__name__)  # not structlog: `fastship status` imports this, and structlog is slow to load
 
 _CONDEMNED_PREFIX = ".condemned-"
 _REMOVING_PREFIX = ".removing-"
 _ENTRY_NAME_BYTES = 200  # as long as an id can be
-_GAPS = 8  # an operator may have removed some of them
-_LATER = "~"  # shipped/<id>~1: no id holds one, so what follows it is ours
 
 
 class Look(msgspec.Struct, frozen=True):
@@ -81,17 +79,13 @@ class _Condemned(msgspec.Struct, frozen=True):
     reason: QuarantineReason
 
 
-def now_wall() -> str:
-    """The time as fastship writes it into its files: UTC, whole seconds."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 class Spool:
     """One spool. Blocks on the disk; raises ``OSError`` where the disk does."""
 
     def __init__(self, root: Path | str, *, order: str = "name") -> None:
         self.paths = Layout(Path(root))
         self.outbox = Outbox(self.paths.outbox)
+        self.shelf = Shelf(self.paths)
         self.ages = Ages(self.paths.state / "clock.json")
         self.order = order
 
@@ -205,7 +199,7 @@ class Spool:
             try:
                 target = shipped + episode
                 if os.path.lexists(target):
-                    target = os.fspath(_free(self.paths.shipped, episode))
+                    target = os.fspath(durable.free_path(self.paths.shipped, episode))
                 durable.rename_directory(episodes + episode, target)
             except OSError as error:
                 failed[episode] = error
@@ -216,43 +210,6 @@ class Spool:
                 self.outbox.remove(episode)
         return failed
 
-    def receipts(self) -> Iterator[dict[str, object]]:
-        """Every line of the journals, oldest first; torn lines are passed over."""
-        for path in sorted(self.paths.receipts.glob("*.jsonl")):
-            for line in path.read_bytes().splitlines():
-                try:
-                    yield msgspec.json.decode(line, type=dict[str, object])
-                except ValueError:
-                    continue
-
-    def copies(self, episode: str) -> list[str]:
-        """The names in ``shipped/`` that are copies of an episode, the newest first."""
-        if not is_episode_id(episode):
-            return []
-        found, number = [], 0
-        while number <= _GAPS or os.path.lexists(self.paths.shipped / f"{episode}{_LATER}{number - 1}"):
-            path = self.paths.shipped / (f"{episode}{_LATER}{number}" if number else episode)
-            if path.is_dir() and not path.is_symlink():
-                found.append(path.name)
-            number += 1
-        return found[::-1]
-
-    def reship(self, name: str) -> str:
-        """Put a retired episode back into ``episodes/``, to be shipped again; returns its id. Raises `UsageError`.
-
-        One durable rename, of an episode that still has its marker: it is in the one place or in the other. Its
-        receipt stays in the journal, and is followed by another.
-        """
-        episode = name.split(_LATER)[0]
-        _check_id(episode)
-        path = self.paths.shipped / name
-        if name != Path(name).name or not path.is_dir() or path.is_symlink():
-            raise UsageError(f"{name} is not in shipped/", remedy="see what is there: ls shipped")
-        if os.path.lexists(self.paths.episodes / episode):
-            raise UsageError(f"episodes/{episode} is there already", remedy="it is shipped when its turn comes")
-        durable.move(path, self.paths.episodes / episode)
-        return episode
-
     # --- quarantine ------------------------------------------------------------------------------------------
 
     def quarantine(self, name: str, *, status_code: int | None, error: str, body: str) -> Path:
@@ -262,7 +219,7 @@ class Spool:
         any point: the directory is found in the one place or in the other, never in both.
         """
         directory = self.paths.episodes / name
-        target = _free(self.paths.quarantine, _entry_name(name))
+        target = durable.free_path(self.paths.quarantine, _entry_name(name))
         reason = QuarantineReason(
             status_code=status_code,
             error=error,
@@ -330,7 +287,7 @@ class Spool:
     def _quarantined(self, path: Path) -> Quarantined:
         place, beside = reason_places(path)
         reason = read_reason(place) or read_reason(beside)
-        episode = path.name.split(_LATER)[0]
+        episode = episode_of(path.name)
         return Quarantined(episode=episode, name=path.name, reason=reason, modified_at=path.stat().st_mtime)
 
     def retry(self, name: str, *, new_id: str | None = None) -> str:
@@ -340,8 +297,8 @@ class Spool:
         quarantine without a reason, nothing more.
         """
         path = self._quarantine_path(name)
-        episode = new_id or path.name.split(_LATER)[0]
-        _check_id(episode)
+        episode = new_id or episode_of(path.name)
+        require_id(episode)
         if (self.paths.episodes / episode).exists():
             raise UsageError(f"episodes/{episode} is there already", remedy="give it another id with --as")
         reason = self._quarantined(path).reason
@@ -391,7 +348,8 @@ class Spool:
         # A reason beside it goes first, else nobody would remove it after an interruption. Then it is renamed: an
         # interrupted removal is recognised and finished, and never looks like an entry, nor does after a power loss.
         durable.unlink_if_present(reason_places(path)[1])
-        doomed = _free(self.paths.quarantine, f"{_REMOVING_PREFIX}{path.name}")  # one that would not go may be there
+        # One that would not go may be there.
+        doomed = durable.free_path(self.paths.quarantine, f"{_REMOVING_PREFIX}{path.name}")
         os.rename(path, doomed)
         durable.sync_directory(self.paths.quarantine)
         _remove(doomed)
@@ -445,7 +403,7 @@ class Spool:
         """
         self._require_hold(episode)
         if new_id is not None:
-            _check_id(new_id)
+            require_id(new_id)
             if (self.paths.episodes / new_id).exists():
                 raise UsageError(f"episodes/{new_id} is there already", remedy="choose another id")
             durable.move(self.paths.episodes / episode, self.paths.episodes / new_id)
@@ -499,22 +457,8 @@ def _remove(path: Path) -> None:
         log.warning("%s could not be removed whole; the next start tries again", ascii(os.fspath(path)))
 
 
-def _free(directory: Path, name: str) -> Path:
-    """``directory/name``, or with ``~1``, ``~2``... where that is taken."""
-    target, number = directory / name, 0
-    while os.path.lexists(target):
-        number += 1
-        target = directory / f"{name}{_LATER}{number}"
-    return target
-
-
 def _entry_name(name: str) -> str:
     """Under what name an episode stands in ``quarantine/``: its own, but for one that cannot be an id and would be
     taken for a file of ours there (a leading dot), or has no room for what we put around it (255 bytes is the limit).
     """
     return os.fsdecode(os.fsencode(f"_{name}" if name.startswith(".") else name)[:_ENTRY_NAME_BYTES])
-
-
-def _check_id(episode: str) -> None:
-    if not is_episode_id(episode):
-        raise UsageError(f"{episode!r} cannot be an episode's id", remedy="letters, digits and ._- only, at most 200")

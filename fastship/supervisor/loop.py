@@ -19,14 +19,13 @@ from collections.abc import Callable
 import msgspec
 
 from fastship import ipc, logs, status
-from fastship.episode import is_episode_id
+from fastship.episode import is_episode_id, now_wall
 from fastship.errors import FastshipError, PackError, SpoolBusy, SpoolError, UsageError
 from fastship.lifecycle import Book, Policy, decide, next_wake
 from fastship.lifecycle import events as ev
 from fastship.pack import measure
 from fastship.settings import Settings
 from fastship.spool import HoldRecord, Spool, remedy_for
-from fastship.spool.store import now_wall
 from fastship.supervisor.crew import Crew, Hand
 from fastship.supervisor.disk import DiskWatch
 from fastship.supervisor.host import Courtesy, most_threads, thread_count

@@ -25,7 +25,7 @@ from fastship import logs, status
 from fastship.errors import DestinationError, FastshipError, PackError
 from fastship.pack import fingerprint
 from fastship.settings import Settings
-from fastship.spool import Copy, Shelf, Spool
+from fastship.spool import Copy, Spool
 
 if TYPE_CHECKING:
     from fastship.custody import Ledger
@@ -48,7 +48,7 @@ class Retention:
         self._settings = settings
         self._rules = settings.retention
         self._spool = spool
-        self._shelf = Shelf(spool.paths)
+        self._shelf = spool.shelf
         self._on = bool(self._rules.shipped_keep_days or self._rules.shipped_max_bytes or self._rules.shipped_make_room)
         self._kept: dict[str, float] = {}  # copies that were not confirmed, and when that was
         self._stopping = threading.Event()

@@ -25,6 +25,7 @@ import syscalls
 from blackout import Exchange, Run, exchanges, sha256
 from disk import Disk, Loss
 from lab import Command, Lab, Receiver, contents, contents_of, noise, tree
+from sample import journal_lines
 
 from fastship import Shipper, durable, sealed
 from fastship.receiver.answers import Answer
@@ -253,7 +254,7 @@ def check_spool(run: Run, root: Path, receiver: Disk, told: dict[str, int], mome
     spool.finish_quarantines()
     spool.sweep()
     look = spool.look()
-    receipts = {line["receipt"]["episode"] for line in spool.receipts()}  # type: ignore[index]
+    receipts = {line["receipt"]["episode"] for line in journal_lines(spool)}  # type: ignore[index]
     recorded = {path.name: tree(path) for path in (run.spool_before / "episodes").iterdir()}
     found: dict[str, list[str]] = {name: [] for name in recorded}
     for place in ("episodes", "shipped", "quarantine"):

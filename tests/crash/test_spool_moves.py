@@ -196,7 +196,7 @@ MOVES = {
     ),
     "ship again": Move(
         prepare_shipped,
-        lambda spool: spool.reship("a"),
+        lambda spool: spool.shelf.reship("a"),
         {"a": "shipped/a", "b": "shipped/b"},
         {"a": "episodes/a", "b": "shipped/b"},
     ),

@@ -10,7 +10,16 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from sample import MTIME_NS, files_below, hold_record, make_episode, manifest_of, put_artifact, receipt_of
+from sample import (
+    MTIME_NS,
+    files_below,
+    hold_record,
+    journal_lines,
+    make_episode,
+    manifest_of,
+    put_artifact,
+    receipt_of,
+)
 
 from fastship import durable
 from fastship.episode import MARKER
@@ -170,7 +179,7 @@ def test_retiring_moves_the_episode_and_removes_the_artifact(spool: Spool) -> No
     assert spool.retire([(one.episode, receipt_of(one), one) for one in manifests]) == {}
     assert {name: files_below(spool.paths.shipped / name) for name in before} == before
     assert os.listdir(spool.paths.episodes) == os.listdir(spool.paths.outbox) == []
-    journal = list(spool.receipts())
+    journal = list(journal_lines(spool))
     assert [msgspec.convert(line["receipt"], type=dict[str, object])["episode"] for line in journal] == ["a", "b"]
     assert {line["fingerprint"] for line in journal} == {"f00d"}
 
@@ -221,7 +230,7 @@ def test_on_a_full_disk_artifacts_make_room_for_their_receipts(
     else:
         assert spool.retire([("ep", receipt_of(manifest), manifest)]) == {}
         assert os.listdir(spool.paths.shipped) == ["ep"]
-        assert len(list(spool.receipts())) == 1
+        assert len(list(journal_lines(spool))) == 1
 
 
 def test_what_cannot_be_moved_is_told_and_does_not_keep_the_others(spool: Spool) -> None:
@@ -241,14 +250,14 @@ def test_a_torn_journal_line_spoils_only_itself(spool: Spool) -> None:
     journal.write_bytes(b'{"retired_at":"1"}\n{"retired_at":"2')
     make_episode(spool.paths.episodes, "ep")
     spool.retire([("ep", receipt_of(manifest), manifest)])
-    assert next(line["retired_at"] for line in spool.receipts()) == "1"
-    assert len(list(spool.receipts())) == 2
+    assert next(line["retired_at"] for line in journal_lines(spool)) == "1"
+    assert len(list(journal_lines(spool))) == 2
     (today,) = [path for path in spool.paths.receipts.iterdir() if path != journal]
     with open(today, "ab") as file:
         file.write(b'{"retired_at":')
     make_episode(spool.paths.episodes, "ep")
     spool.retire([("ep", receipt_of(manifest), manifest)])
-    assert len(list(spool.receipts())) == 3
+    assert len(list(journal_lines(spool))) == 3
 
 
 def test_a_retired_episode_goes_back_as_it_was(spool: Spool) -> None:
@@ -256,18 +265,18 @@ def test_a_retired_episode_goes_back_as_it_was(spool: Spool) -> None:
     for content in (b"first", b"second"):
         make_episode(spool.paths.episodes, "ep", content=content)
         spool.retire([("ep", receipt_of(manifest), manifest)])
-    assert spool.copies("ep") == ["ep~1", "ep"]
-    assert spool.copies("../shipped/ep") == spool.copies("nobody") == []
+    assert spool.shelf.names_of("ep") == ["ep~1", "ep"]
+    assert spool.shelf.names_of("../shipped/ep") == spool.shelf.names_of("nobody") == []
     before = files_below(spool.paths.shipped / "ep~1")
-    assert spool.reship("ep~1") == "ep"
+    assert spool.shelf.reship("ep~1") == "ep"
     assert files_below(spool.paths.episodes / "ep") == before
-    assert spool.copies("ep") == ["ep"]
+    assert spool.shelf.names_of("ep") == ["ep"]
     assert [episode for _, episode in spool.look().ready] == ["ep"]
     with pytest.raises(UsageError, match="is there already"):
-        spool.reship("ep")
+        spool.shelf.reship("ep")
     for name in ("nobody", "../shipped/ep", "ep~1/..", ""):
         with pytest.raises(UsageError):
-            spool.reship(name)
+            spool.shelf.reship(name)
 
 
 # --- quarantine --------------------------------------------------------------------------------------------------
@@ -592,4 +601,4 @@ def test_no_record_that_is_spoilt_stops_a_look(spool: Spool, spoilt: bytes) -> N
     assert spool.outbox.find_upload("ready", "http://receiver.example") == ""
     (quarantined,) = [one for one in spool.quarantined() if one.name == "refused"]
     assert quarantined.reason is None
-    assert list(spool.receipts()) == []
+    assert list(journal_lines(spool)) == []
