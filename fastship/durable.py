@@ -155,6 +155,12 @@ def publish(source: Path, target: Path) -> None:
     os.unlink(source)
 
 
+def free_bytes(place: Path | str | int) -> int:
+    """What a user without privileges may still write to the file system of a path or a descriptor (statvfs(3))."""
+    disk = os.statvfs(place)
+    return disk.f_bavail * disk.f_frsize
+
+
 def free_path(directory: Path, name: str, suffix: str = "") -> Path:
     """``directory/name`` and ``suffix``, or with ``~1``, ``~2``... between them where that is taken."""
     target, number = directory / f"{name}{suffix}", 0

@@ -10,7 +10,7 @@ before it.
 
 from fastship.lifecycle.book import Book, Policy
 from fastship.lifecycle.giveway import GiveWay, Limits, Reading
-from fastship.lifecycle.pressure import DiskLimits, DiskReading, Level, Pressure, reserve_bytes
+from fastship.lifecycle.pressure import DiskLimits, DiskReading, Level, Pressure, low_bytes, reserve_bytes
 from fastship.lifecycle.rules import decide, next_wake
 from fastship.lifecycle.sharing import share_cores
 from fastship.lifecycle.states import CLAIMED, TRANSITIONS, Facts, State, infer
@@ -31,6 +31,7 @@ __all__ = [
     "State",
     "decide",
     "infer",
+    "low_bytes",
     "next_wake",
     "reserve_bytes",
     "share_cores",

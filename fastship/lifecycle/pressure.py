@@ -58,6 +58,11 @@ def reserve_bytes(limits: DiskLimits, total_bytes: int) -> int:
     return min(reserve, total_bytes // 2)
 
 
+def low_bytes(limits: DiskLimits, total_bytes: int) -> int:
+    """Free space below which the disk is low; below half of it, critical. The reserve, where there is one."""
+    return reserve_bytes(limits, total_bytes) or 2 * FULL_BYTES
+
+
 class Pressure:
     """The rule with its memory: one for a run of the supervisor."""
 
@@ -79,6 +84,12 @@ class Pressure:
             self.level = Level.OK
         return self.level
 
+    def missing_bytes(self, reading: DiskReading) -> int:
+        """So much must be freed for the level to be ok again; 0 where it is."""
+        if self.level is Level.OK:
+            return 0
+        return max(0, int(low_bytes(self.limits, reading.total_bytes) * RISE) + 1 - reading.free_bytes)
+
     def seconds_to_full(self, free_bytes: int) -> float | None:
         """When the disk will be full if it goes on as it went; None: not for a year, or not known yet.
 
@@ -99,8 +110,7 @@ class Pressure:
 
     def _part_of_reserve(self, reading: DiskReading) -> float:
         """Free space in parts of the reserve, or free inodes in parts of theirs where those are shorter."""
-        reserve = reserve_bytes(self.limits, reading.total_bytes)
-        parts = [reading.free_bytes / (reserve or 2 * FULL_BYTES)]
+        parts = [reading.free_bytes / low_bytes(self.limits, reading.total_bytes)]
         inodes = min(RESERVE_INODES, int(reading.total_inodes * self.limits.reserve_percent / 100))
         if inodes:
             parts.append(reading.free_inodes / inodes)

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from fastship import durable
 from fastship.frames import Following
 
 _READ_BYTES = 1 << 20
@@ -120,10 +121,8 @@ class Partial:
         self._follow()
 
     def _leave_reserve(self, count: int) -> None:
-        if self._reserve_bytes:
-            disk = os.fstatvfs(self.fd)
-            if disk.f_bavail * disk.f_frsize < self._reserve_bytes + count:
-                raise OSError(errno.ENOSPC, "no room above receiver.reserve_bytes")
+        if self._reserve_bytes and durable.free_bytes(self.fd) < self._reserve_bytes + count:
+            raise OSError(errno.ENOSPC, "no room above receiver.reserve_bytes")
 
     def sync(self) -> int:
         """Make what is written now durable and return that offset. May run beside `write`; may be repeated.

@@ -241,8 +241,7 @@ class Store:
 
         Only where ``wanted_bytes`` seem not to fit is the last word on the other uploads asked for.
         """
-        disk = os.statvfs(self._uploads)
-        free_bytes = disk.f_bavail * disk.f_frsize - self._reserve_bytes
+        free_bytes = durable.free_bytes(self._uploads) - self._reserve_bytes
         room_bytes = free_bytes - self.uploads.declared_bytes(token)
         return room_bytes if wanted_bytes <= room_bytes else free_bytes - self.uploads.declared_bytes(token, fresh=True)
 

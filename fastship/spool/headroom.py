@@ -4,15 +4,15 @@ What always holds: no write is begun that would bring the free space below the f
 before. Several workers that write at once, and a recorder, are seen in the same figure; between a look and its write
 each of them may take one frame more, so a reserve is passed by some frames at worst. The supervisor says the floor.
 
-Imports ``outbox`` and ``errors``; the worker imports it.
+Imports ``outbox``, ``durable`` and ``errors``; the worker imports it.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 
+from fastship import durable
 from fastship.errors import DiskShort
 from fastship.spool.outbox import Outbox
 
@@ -73,8 +73,7 @@ class Headroom:
 
     def _free_bytes(self) -> int:
         """Above the floor; may be below 0."""
-        disk = os.statvfs(self._outbox.directory)
-        return disk.f_bavail * disk.f_frsize - self._floor_bytes
+        return durable.free_bytes(self._outbox.directory) - self._floor_bytes
 
     def _others(self) -> bool:
         """Whether the limit of the outbox counts: not for an artifact alone, which would never be shipped otherwise."""

@@ -12,11 +12,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from fastship import logs, status
-from fastship.lifecycle import Book, DiskLimits, DiskReading, Level, Pressure, reserve_bytes
+from fastship.lifecycle import Book, DiskLimits, DiskReading, Level, Pressure, low_bytes, reserve_bytes
 from fastship.lifecycle.events import Room
-from fastship.lifecycle.pressure import FULL_BYTES
 from fastship.settings import Settings
 from fastship.spool import Spool
 
@@ -32,12 +32,10 @@ _REMEDY = "free space there: see docs/operations.md, When the disk is short"
 def unavailable(settings: Settings) -> Iterator[str]:
     """As `host.unavailable`, of the spool's file system: what packing will wait for."""
     try:
-        disk = os.statvfs(settings.spool.root)
+        reading = _read(settings.spool.root)
     except OSError:
         return  # said elsewhere
-    limits = DiskLimits(reserve_bytes=settings.disk.reserve_bytes, reserve_percent=settings.disk.reserve_percent)
-    total, free = disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
-    reserve = reserve_bytes(limits, total)
+    reserve, free = reserve_bytes(_limits(settings), reading.total_bytes), reading.free_bytes
     if free < reserve:
         told = f"disk.reserve_bytes and disk.reserve_percent keep {reserve >> 20} MiB free, {free >> 20} MiB are"
         yield f"{told}: one episode at a time is packed until there is more"
@@ -47,11 +45,11 @@ class DiskWatch:
     """Looks about once a second, publishes, and says when packing is to hear of it."""
 
     def __init__(self, settings: Settings, spool: Spool, book: Book) -> None:
-        disk = settings.disk
         self._spool = spool
         self._book = book
-        self._limit_bytes = disk.outbox_limit_bytes
-        self.rule = Pressure(DiskLimits(reserve_bytes=disk.reserve_bytes, reserve_percent=disk.reserve_percent))
+        self._limit_bytes = settings.disk.outbox_limit_bytes
+        self.rule = Pressure(_limits(settings))
+        self._reading: DiskReading | None = None  # the last one
         self._said = Room()
         self._said_level = Level.OK
         self._next_look = self._next_publish = self._next_outbox = 0.0
@@ -65,11 +63,12 @@ class DiskWatch:
             return None
         self._next_look = now + LOOK_S
         try:
-            reading = self._read()
+            reading = _read(self._spool.paths.outbox)
             self._measure_outbox(now)
         except OSError as error:
             log.error("disk-not-read", error=str(error))
             return None
+        self._reading = reading
         level = self.rule.look(reading, now)
         room = self._room(level, reading)
         self.status = self._describe(level, reading, room)
@@ -85,20 +84,8 @@ class DiskWatch:
 
     @property
     def missing_bytes(self) -> int:
-        """So much must be freed for the level to be ok again; 0 where it is."""
-        found = self.status
-        if found is None or found.level == Level.OK:
-            return 0
-        return max(0, int(found.reserve_bytes * 1.1) + 1 - found.free_bytes)
-
-    def _read(self) -> DiskReading:
-        disk = os.statvfs(self._spool.paths.outbox)
-        return DiskReading(
-            free_bytes=disk.f_bavail * disk.f_frsize,
-            total_bytes=disk.f_blocks * disk.f_frsize,
-            free_inodes=disk.f_favail,
-            total_inodes=disk.f_files,
-        )
+        """As `Pressure.missing_bytes`, as of the last look."""
+        return self.rule.missing_bytes(self._reading) if self._reading is not None else 0
 
     def _measure_outbox(self, now: float) -> None:
         if now < self._next_outbox:
@@ -157,10 +144,24 @@ class DiskWatch:
                 free_bytes=found.free_bytes,
                 total_bytes=found.total_bytes,
                 reserve_bytes=found.reserve_bytes,
-                critical_bytes=found.reserve_bytes // 2 or FULL_BYTES,
+                critical_bytes=low_bytes(self.rule.limits, reading.total_bytes) // 2,
                 free_inodes=reading.free_inodes if reading.total_inodes else None,
                 waiting_bytes=found.outbox_bytes,
                 waiting_episodes=len(self._book.ready) + len(self._book.waiting),
                 seconds_to_full=found.seconds_to_full,
             ),
         )
+
+
+def _limits(settings: Settings) -> DiskLimits:
+    return DiskLimits(reserve_bytes=settings.disk.reserve_bytes, reserve_percent=settings.disk.reserve_percent)
+
+
+def _read(path: Path | str) -> DiskReading:
+    disk = os.statvfs(path)
+    return DiskReading(
+        free_bytes=disk.f_bavail * disk.f_frsize,
+        total_bytes=disk.f_blocks * disk.f_frsize,
+        free_inodes=disk.f_favail,
+        total_inodes=disk.f_files,
+    )

@@ -13,7 +13,6 @@ Imports ``custody`` (when it has to ask), ``pack``, ``spool``, ``settings``, ``s
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from fastship import logs, status
+from fastship import durable, logs, status
 from fastship.errors import DestinationError, FastshipError, PackError
 from fastship.pack import fingerprint
 from fastship.settings import Settings
@@ -193,8 +192,7 @@ class Retention:
         self.status = msgspec.structs.replace(self.status or status.RetentionStatus(), **changes)
 
     def _free_bytes(self) -> int:
-        disk = os.statvfs(self._spool.paths.shipped)
-        return disk.f_bavail * disk.f_frsize
+        return durable.free_bytes(self._spool.paths.shipped)
 
 
 def _open_ledger(settings: Settings) -> Ledger:

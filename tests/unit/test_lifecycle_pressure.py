@@ -54,6 +54,11 @@ def test_without_a_reserve_only_a_full_disk_is_critical() -> None:
     few_blocks, some_mib = 16 << 10, 4 << 20
     told = [pressure.look(DiskReading(free_bytes=free, total_bytes=GIB), 0.0) for free in (some_mib, few_blocks, 0)]
     assert told == [Level.OK, Level.CRITICAL, Level.CRITICAL]
+    full = DiskReading(free_bytes=few_blocks, total_bytes=GIB)
+    room = pressure.missing_bytes(full)
+    assert pressure.look(DiskReading(free_bytes=few_blocks + room - 2, total_bytes=GIB), 1.0) is not Level.OK
+    assert pressure.look(DiskReading(free_bytes=few_blocks + room, total_bytes=GIB), 2.0) is Level.OK
+    assert pressure.missing_bytes(full) == 0
 
 
 def fill(pressure: Pressure, bytes_per_s: float, seconds: int, *, noise: float = 0.0) -> int:

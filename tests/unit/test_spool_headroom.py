@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
+from fastship import durable
 from fastship.errors import DiskShort
 from fastship.spool import Headroom, Outbox, Ratio
 from fastship.spool import headroom as headroom_module
 
-Disk = namedtuple("Disk", "f_bavail f_frsize")
-
 
 class Space:
-    """``os.statvfs`` of the module under test."""
+    """What the file system is said to have."""
 
-    def __init__(self) -> None:
-        self.free_bytes = 1_000_000
-
-    def statvfs(self, path: object) -> Disk:
-        return Disk(self.free_bytes, 1)
+    free_bytes = 1_000_000
 
 
 @pytest.fixture
 def space(monkeypatch: pytest.MonkeyPatch) -> Space:
     made = Space()
-    monkeypatch.setattr(headroom_module, "os", made)
+    monkeypatch.setattr(durable, "free_bytes", lambda _place: made.free_bytes)
     return made
 
 

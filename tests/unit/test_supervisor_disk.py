@@ -44,7 +44,7 @@ def make(tmp_path: Path) -> Make:
 
 def short(watch: DiskWatch, monkeypatch: pytest.MonkeyPatch) -> DiskWatch:
     """The same, on a disk of 100,000 bytes with 400 left."""
-    monkeypatch.setattr(watch, "_read", lambda: DiskReading(free_bytes=400, total_bytes=100_000))
+    monkeypatch.setattr(disk_module, "_read", lambda _path: DiskReading(free_bytes=400, total_bytes=100_000))
     return watch
 
 
