@@ -97,8 +97,7 @@ class Custody:
             if fd is None:
                 return None
             began_at = now_wall()
-            inode = os.fstat(fd).st_ino
-            receipt = self._store.kept_receipt(episode, inode)
+            receipt = self._store.kept_receipt(episode, fd)
             reading = self._read(fd, stopped)
             if not _is_as_received(reading, receipt):  # once more: memory and cables have their moments, too
                 reading = self._read(fd, stopped)
@@ -119,7 +118,7 @@ class Custody:
                 receipt=receipt,
             )
             if verdict == "rotted":
-                return self._rotted(finding, inode)
+                return self._rotted(finding, os.fstat(fd).st_ino)
             if verdict == "mended":
                 assert found is not None
                 _log.warning("%s: %s", episode, error)

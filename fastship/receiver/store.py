@@ -148,16 +148,19 @@ class Store:
             return None
         return self._read_receipt(episode) or self._recover(episode)
 
-    def kept_receipt(self, episode: str, inode: int) -> Receipt | None:
-        """The receipt of the artifact that is this inode, as it was written; None where it is lost or spoilt.
+    def kept_receipt(self, episode: str, fd: int) -> Receipt | None:
+        """The receipt of the artifact that is open as ``fd``, as it was written; None where it is lost or spoilt.
 
         Afterwards the artifact is durable, so that a receipt may stand beside it.
         """
+        if not self._receipt_path(episode).exists():
+            self._sync_named(fd)
+        return self._place_receipt(episode, fd)
+
+    def _place_receipt(self, episode: str, fd: int) -> Receipt | None:
+        """The one that waits for this artifact, renamed into its place, or the one that is there."""
         with contextlib.suppress(FileNotFoundError):
-            if not self._receipt_path(episode).exists():
-                with open(self.artifact_path(episode), "rb") as file:
-                    self._sync_named(file.fileno())
-            os.rename(self._waiting_receipt(episode, inode), self._receipt_path(episode))
+            os.rename(self._waiting_receipt(episode, os.fstat(fd).st_ino), self._receipt_path(episode))
         return self._read_receipt(episode)
 
     def renew_receipt(self, episode: str, found: ReadAgain) -> Receipt:
@@ -415,11 +418,9 @@ class Store:
         with self._recovering:
             try:
                 with open(self.artifact_path(episode), "rb") as file:
-                    stat = os.fstat(file.fileno())
+                    size = os.fstat(file.fileno()).st_size
                     self._sync_named(file.fileno())
-                    with contextlib.suppress(FileNotFoundError):
-                        os.rename(self._waiting_receipt(episode, stat.st_ino), self._receipt_path(episode))
-                    receipt = self._read_receipt(episode)
+                    receipt = self._place_receipt(episode, file.fileno())
                     if receipt is not None:
                         return receipt
                     _log.warning("%s has no receipt: it is made again by reading the artifact", episode)
@@ -432,7 +433,7 @@ class Store:
             read = Read(artifact="file", content=content_from, at=now_wall())
             if content is None and self._verify == "content":
                 _log.error("%s cannot be unpacked: fastship scrub sets it aside", self.artifact_path(episode))
-            receipt = self._make_receipt(episode, sha256, stat.st_size, content, read)
+            receipt = self._make_receipt(episode, sha256, size, content, read)
             durable.write_file(self._receipt_path(episode), _encode(receipt))
             return receipt
 
