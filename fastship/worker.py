@@ -304,7 +304,8 @@ class Worker:
     def _room_for(self, assignment: ipc.Assignment) -> Headroom:
         """What the artifact may take of the disk. Raises `DiskShort` where it would be too large, by what is known.
 
-        The episode is walked for that only where its frames, as they were counted, may not fit as they are.
+        One of a single frame that fits as it is needs no walk for that; of more, nobody has counted all (see
+        `MEASURED_ENTRIES`: 15 ms for 6,000 files, 3 % of what packing files of 16 kB costs).
         """
         room = Headroom(
             self._outbox,

@@ -15,7 +15,7 @@ The only module that imports pycurl. What always holds:
 HTTP/1.1 over kept-alive connections: for bulk, several connections beat several streams of one. Driven by
 ``epoll`` and libcurl's ``socket_action``, so it sleeps for as long as there is nothing to do.
 
-Imports ``course`` and ``bandwidth``; the session imports it.
+Imports ``course``, ``bandwidth`` and ``token``; the session imports it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,10 @@ import fcntl
 import functools
 import ipaddress
 import os
-import re
 import select
 import termios
 import time
 from collections.abc import Hashable
-from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
@@ -41,6 +39,7 @@ from fastship import __version__
 from fastship.settings import DestinationSettings, UploadSettings
 from fastship.upload.bandwidth import Bandwidth
 from fastship.upload.course import BODY_LIMIT_BYTES, Answer, Fault, FaultKind, Request
+from fastship.upload.token import Token
 
 READ_BYTES = 256 << 10
 """libcurl's upload buffer, and so much one callback reads. Measured on 2 GB over loopback, CPU seconds a GB, medians:
@@ -65,32 +64,6 @@ _TLS = {35, 53, 54, 60, 64, 66, 80, 83, 90, 91}
 # 1 protocol, 2 initialisation, 3 URL, 27 memory, 43 bad call, 47 redirects, 58 client certificate, 59 ciphers,
 # 77 CA file, 82 CRL file.
 _SETTINGS = {1, 2, 3, 4, 27, 41, 43, 47, 48, 58, 59, 77, 82}
-
-
-class Token:
-    """The bearer token of a file, read again when the file changes. Its repr does not show it."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._seen: tuple[int, int, int] | None = None
-        self._value = ""
-
-    def read(self) -> str:
-        """The token, ``""`` when none is set. Raises ``ValueError`` (without the token) when it cannot be used."""
-        if not self._path:
-            return ""
-        try:
-            status = os.stat(self._path)
-            seen = (status.st_mtime_ns, status.st_ino, status.st_size)
-            if seen != self._seen:
-                value = Path(self._path).read_bytes().strip()
-                if not re.fullmatch(rb"[\x21-\x7e]+", value):
-                    raise ValueError(f"destination.token_file: {self._path} does not hold one token and nothing else")
-                self._value = value.decode("ascii")
-                self._seen = seen
-        except OSError as error:
-            raise ValueError(f"destination.token_file: {self._path}: {error.strerror}") from None
-        return self._value
 
 
 Key = TypeVar("Key", bound=Hashable)

@@ -37,7 +37,8 @@ from fastship.fields import format_digest
 from fastship.settings import DestinationSettings
 from fastship.upload import Artifact, Session, ship
 from fastship.upload.course import BODY_LIMIT_BYTES, Answer, Body, Request
-from fastship.upload.curl import Token, Transfers
+from fastship.upload.curl import Transfers
+from fastship.upload.token import Token
 
 SECRET = "s3cr3t-t0ken"
 
