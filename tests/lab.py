@@ -30,6 +30,7 @@ import msgspec
 import psutil
 import pytest
 import zstandard
+from relay import Relay
 
 from fastship import PassResult, Settings, Shipper, status
 from fastship.episode import ARTIFACT_SUFFIX, MARKER
@@ -485,57 +486,23 @@ class Receiver:
         self._log.close()
 
 
-class Wire:
+class Wire(Relay):
     """A line to ``url`` that is cut once, when so many bytes of requests have gone over it."""
 
     def __init__(self, url: str, cut_after_bytes: int) -> None:
-        self._target = ("127.0.0.1", int(url.rpartition(":")[2]))
         self._rest: int | None = cut_after_bytes
         self.cuts = 0
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._open: list[socket.socket] = []
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
+        super().__init__(int(url.rpartition(":")[2]))
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            far = socket.create_connection(self._target)
-            self._open += [near, far]
-            for source, sink, counted in ((near, far, True), (far, near, False)):
-                thread = threading.Thread(target=self._carry, args=(source, sink, counted))
-                self._threads.append(thread)
-                thread.start()
-
-    def _carry(self, source: socket.socket, sink: socket.socket, counted: bool) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                if counted and self._rest is not None:
-                    self._rest -= len(data)
-                    if self._rest <= 0:
-                        self._rest = None
-                        self.cuts += 1
-                        break
-                sink.sendall(data)
-        for end in (source, sink):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._threads[0].join()
-        for end in self._open:
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads[1:]:
-            thread.join()
-        for end in self._open:
-            end.close()
+    def carry(self, number: int, source: socket.socket, sink: socket.socket, *, outward: bool) -> None:
+        while data := source.recv(1 << 16):
+            if outward and self._rest is not None:
+                self._rest -= len(data)
+                if self._rest <= 0:
+                    self._rest = None
+                    self.cuts += 1
+                    return
+            sink.sendall(data)
 
 
 # --- what came of it -------------------------------------------------------------------------------------------------

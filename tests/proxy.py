@@ -17,19 +17,19 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import scripted_server
+
 PIECE_BYTES = 1 << 15
 PATIENCE_S = 30.0  # only a fault of the product waits so long
 GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 
-class Head:
-    """A request's line and fields."""
+class Head(scripted_server.Head):
+    """A request's line and fields, and how it is sent on."""
 
     def __init__(self, raw: bytes) -> None:
+        super().__init__(raw)
         lines = raw.decode("latin-1").split("\r\n")
-        self.method, self.target, _ = lines[0].split(" ")
-        self.fields = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
-        self.length = int(self.fields.get("content-length", 0))
         self.expects = self.fields.get("expect") == "100-continue"
         # Answered here, as most proxies do: what is beyond is not asked before the body.
         self.raw = "\r\n".join([line for line in lines if not line.lower().startswith("expect:")]).encode("latin-1")

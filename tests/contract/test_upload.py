@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
 import select
@@ -17,6 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 import trustme
+from relay import Relay
 from scripted_server import GENEROUS_S, MEGABYTE, make_artifact, ship_all, wait_until
 
 from fastship.episode import Outcome, Receipt, Scope, Verdict
@@ -100,63 +100,24 @@ def start_receiver(tmp_path: Path) -> Iterator[MakeReceiver]:
         receiver.close()
 
 
-class Line:
+class Line(Relay):
     """A TCP relay that cuts each connection after so many bytes towards the receiver; None: not at all."""
 
     def __init__(self, port: int, *cuts: int | None) -> None:
-        self._port = port
-        self._cuts = list(cuts)
-        self.carried: list[int] = []  # bytes towards the receiver, by connection
-        self._sockets: list[socket.socket] = []
-        self._threads: list[threading.Thread] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._spawn(self._accept)
+        self._cuts = cuts
+        self.carried: dict[int, int] = {}  # bytes towards the receiver, by connection
+        super().__init__(port)
 
-    def _spawn(self, function: Callable[..., None], *args: object) -> None:
-        thread = threading.Thread(target=function, args=args)
-        self._threads.append(thread)
-        thread.start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            far = socket.create_connection(("127.0.0.1", self._port))
-            self._sockets += [near, far]
-            number = len(self.carried)
-            self.carried.append(0)
-            self._spawn(self._carry, near, far, self._cuts.pop(0) if self._cuts else None, number)
-            self._spawn(self._carry, far, near, None, None)
-
-    def _carry(self, source: socket.socket, target: socket.socket, cut: int | None, number: int | None) -> None:
+    def carry(self, number: int, source: socket.socket, sink: socket.socket, *, outward: bool) -> None:
+        if outward:
+            self.carried[number] = 0
+        cut = self._cuts[number] if outward and number < len(self._cuts) else None
         left = cut if cut is not None else 1 << 62
-        try:
-            while left > 0 and (piece := source.recv(min(65536, left))):
-                target.sendall(piece)
-                left -= len(piece)
-                if number is not None:
-                    self.carried[number] += len(piece)
-        except OSError:
-            pass
-        for sock in (source, target):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-
-    def __enter__(self) -> Line:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for sock in self._sockets:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
-        for thread in self._threads:
-            thread.join(GENEROUS_S)
+        while left > 0 and (piece := source.recv(min(65536, left))):
+            sink.sendall(piece)
+            left -= len(piece)
+            if outward:
+                self.carried[number] += len(piece)
 
 
 def pack_episode(directory: Path, name: str, size: int, commit: str | None = None) -> Artifact:
@@ -235,7 +196,7 @@ def test_a_cut_line_goes_on_at_the_receivers_offset(tmp_path: Path, start_receiv
     artifact = make_artifact(tmp_path, 24 * MEGABYTE)
     with Line(receiver.port, 8 * MEGABYTE, 5 * MEGABYTE) as line:
         verdict = ship(artifact, DestinationSettings(url=line.url), UPLOAD)
-        carried = list(line.carried)
+        carried = list(line.carried.values())
     assert outcome_of(verdict) == SHIPPED
     assert receiver.stored(artifact)
     assert verdict.resumed_at > 8 * MEGABYTE
@@ -317,18 +278,15 @@ def test_a_line_that_changes_a_byte_is_found_and_the_artifact_sent_again(
     artifact = make_artifact(tmp_path, 5_000_000)
     spoilt: list[int] = []
 
-    class Spoiler(Line):
-        def _carry(self, source: socket.socket, target: socket.socket, cut: int | None, number: int | None) -> None:
-            if number != 0:
-                return super()._carry(source, target, cut, number)
+    class Spoiler(Relay):
+        def carry(self, number: int, source: socket.socket, sink: socket.socket, *, outward: bool) -> None:
             seen = 0
             while piece := source.recv(65536):
-                if seen <= 2_000_000 < seen + len(piece) and not spoilt:
+                if outward and number == 0 and seen <= 2_000_000 < seen + len(piece) and not spoilt:
                     spoilt.append(seen)
                     piece = piece[:-1] + bytes([piece[-1] ^ 1])
                 seen += len(piece)
-                target.sendall(piece)
-            return None
+                sink.sendall(piece)
 
     with Spoiler(receiver.port) as line:
         verdict = ship(artifact, DestinationSettings(url=line.url), UPLOAD)

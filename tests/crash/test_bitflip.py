@@ -8,7 +8,6 @@ data, its checksum, the frame with the first tar header, the member index, the s
 from __future__ import annotations
 
 import base64
-import contextlib
 import itertools
 import json
 import os
@@ -25,6 +24,7 @@ import msgspec
 import pytest
 from lab import Destination, Lab, Receiver, Reply, noise, read_back, telemetry, tree
 from receiver_process import Server
+from relay import Relay
 
 from fastship.episode import Manifest, Outcome
 from fastship.frames import ArtifactReader, FramePool
@@ -174,7 +174,7 @@ def test_a_damaged_artifact_is_packed_again_by_itself(make_lab: MakeLab, destina
 # --- the wire --------------------------------------------------------------------------------------------------------
 
 
-class FlippingLine:
+class FlippingLine(Relay):
     """A line to a receiver that flips one bit of the first body that reaches so far, or of the first answer's."""
 
     def __init__(
@@ -188,62 +188,38 @@ class FlippingLine:
         instead: Callable[[], None] | None = None,
     ) -> None:
         """``instead``: what is done at that point, and the line is left right."""
-        self._target = ("127.0.0.1", int(url.rpartition(":")[2]))
         self._flip: tuple[int, int] | None = (offset, bit)
         self._head, self._answers, self._instead = head, answers, instead
         self.heads: list[bytes] = []  # of requests
         self.flipped = 0
         self._lock = threading.Lock()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._open: list[socket.socket] = []
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
+        super().__init__(int(url.rpartition(":")[2]))
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            far = socket.create_connection(self._target)
-            self._open += [near, far]
-            for source, sink, spoils in ((near, far, not self._answers), (far, near, self._answers)):
-                thread = threading.Thread(target=self._carry, args=(source, sink, spoils))
-                self._threads.append(thread)
-                thread.start()
-
-    def _carry(self, source: socket.socket, sink: socket.socket, spoils: bool) -> None:
+    def carry(self, number: int, source: socket.socket, sink: socket.socket, *, outward: bool) -> None:
         """Message by message: a head, and the body whose length it says."""
+        spoils = outward is not self._answers
         ahead = b""
-        try:
-            while True:
-                while b"\r\n\r\n" not in ahead:
-                    piece = source.recv(1 << 16)
-                    if not piece:
-                        return
-                    ahead += piece
-                head, _, ahead = ahead.partition(b"\r\n\r\n")
-                head += b"\r\n\r\n"
-                if not head.startswith(b"HTTP/"):
-                    self.heads.append(head)
-                match = re.search(rb"\r\ncontent-length: (\d+)", head, re.IGNORECASE)
-                length = int(match[1]) if match else 0
-                sink.sendall(self._spoil(head, 0) if spoils and self._head else head)
-                done = 0
-                while done < length:
-                    piece = ahead[: length - done] or source.recv(min(1 << 16, length - done))
-                    ahead = ahead[len(piece) :] if ahead else b""
-                    if not piece:
-                        return
-                    sink.sendall(self._spoil(piece, done) if spoils and not self._head else piece)
-                    done += len(piece)
-        except OSError:
-            return
-        finally:
-            for end in (source, sink):
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
+        while True:
+            while b"\r\n\r\n" not in ahead:
+                piece = source.recv(1 << 16)
+                if not piece:
+                    return
+                ahead += piece
+            head, _, ahead = ahead.partition(b"\r\n\r\n")
+            head += b"\r\n\r\n"
+            if not head.startswith(b"HTTP/"):
+                self.heads.append(head)
+            match = re.search(rb"\r\ncontent-length: (\d+)", head, re.IGNORECASE)
+            length = int(match[1]) if match else 0
+            sink.sendall(self._spoil(head, 0) if spoils and self._head else head)
+            done = 0
+            while done < length:
+                piece = ahead[: length - done] or source.recv(min(1 << 16, length - done))
+                ahead = ahead[len(piece) :] if ahead else b""
+                if not piece:
+                    return
+                sink.sendall(self._spoil(piece, done) if spoils and not self._head else piece)
+                done += len(piece)
 
     def _spoil(self, piece: bytes, at: int) -> bytes:
         with self._lock:
@@ -258,23 +234,6 @@ class FlippingLine:
         spoilt = bytearray(piece)
         spoilt[offset - at] ^= 1 << bit
         return bytes(spoilt)
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for end in self._open:
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join()
-        for end in self._open:
-            end.close()
-
-    def __enter__(self) -> FlippingLine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def test_in_a_body_on_the_wire(tmp_path: Path, server: Server) -> None:
