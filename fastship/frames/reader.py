@@ -39,7 +39,7 @@ ReadAt = Callable[[int, int], bytes]
 WINDOW_BYTES = 128 << 20  # ZSTD_WINDOWLOG_LIMIT_DEFAULT = 27 (zstd.h)
 WHOLE_FRAME_BYTES = 32 << 20
 _PIECE_BYTES = 1 << 20
-_SENTINEL_BYTES = 16
+_SENTINEL_BYTES = 1024
 _REMEDY = "read it again from where it came; if it is in the outbox, remove it: it is packed again"
 
 
@@ -188,11 +188,12 @@ class ArtifactReader:
         """Whatever zstd frames stand in the file's bytes ``start`` to ``end``, in pieces of 1 MiB, in this thread.
 
         python-zstandard's reader ends silently at a cut: so a frame of random bytes, known to nobody, is appended to
-        the source, and must be the last thing that comes out.
+        the source, and must be the last thing that comes out. They repeat, so that the frame is much shorter than they
+        are: of one cut within an uncompressed block the frame itself is taken for the rest, and comes out as it is.
         """
         if start == end:
             raise ArtifactError("the file is empty", remedy=_REMEDY)
-        sentinel = os.urandom(_SENTINEL_BYTES)
+        sentinel = os.urandom(16) * (_SENTINEL_BYTES // 16)
         source = _Source(self._bytes, start, end, zstandard.ZstdCompressor().compress(sentinel))
         reader = zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES).stream_reader(
             source,  # type: ignore[arg-type]  # it only calls read()

@@ -154,6 +154,16 @@ def test_a_cut_is_noticed_unless_it_leaves_whole_frames(cut: int) -> None:
     assert got == CONTENT[: len(got)]
 
 
+@pytest.mark.parametrize("checksum", [False, True])
+def test_a_cut_within_bytes_that_do_not_compress_is_noticed(checksum: bool) -> None:
+    """zstd keeps them as they are, and takes whatever follows a cut for the rest of them."""
+    stock = zstandard.ZstdCompressor(write_checksum=checksum).compress(random.Random(1).randbytes(200_000))
+    assert len(stock) > 200_000
+    for cut in [*range(1, len(stock), 499), *range(len(stock) - 2000, len(stock))]:
+        with pytest.raises(ArtifactError):
+            whole(stock[:cut])
+
+
 @given(st.integers(0, len(ARTIFACT) - 1), st.integers(0, 7), st.integers(1, 2))
 @settings(max_examples=300, deadline=None)
 def test_a_flip_anywhere_is_noticed_or_changes_nothing(at: int, bit: int, threads: int) -> None:
