@@ -381,12 +381,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "try":
         _listen()
     else:
-        import fastship.cli.service
-        import fastship.shipper
-        import fastship.supervisor.loop
-
         with contextlib.suppress(ImportError):
-            import fastship.receiver.connection
-            import fastship.receiver.metrics
-            import fastship.receiver.server  # noqa: F401
+            pass
         _nurse(socket.socket(fileno=int(sys.argv[1])))

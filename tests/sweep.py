@@ -36,7 +36,7 @@ from lab import COMMIT, Lab, contents, contents_of, noise, telemetry, tree
 from fastship import durable
 from fastship.episode import ARTIFACT_SUFFIX
 from fastship.errors import EXIT_NOT_SHIPPED, EXIT_OK
-from fastship.receiver.store import Store
+from fastship.receiver.store.store import Store
 from fastship.settings import ReceiverSettings
 
 KILL, KILL_ALL, FULL = "killed", "all killed", "full from then on"

@@ -117,7 +117,7 @@ def scrub(
         raise UsageError(f"--rate {rate} is not an amount of bytes", remedy=f"write it as {error}") from None
 
     from fastship import logs
-    from fastship.receiver.scrub import Scrub, Unchecked
+    from fastship.receiver.store.scrub import Scrub, Unchecked
 
     logs.configure(msgspec.structs.replace(settings.log, level="critical" if as_json else "error"))
     work = Scrub(settings.receiver, bytes_per_s=bytes_per_s, keep=keep)

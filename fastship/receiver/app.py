@@ -20,24 +20,24 @@ import msgspec
 
 from fastship import durable, fields
 from fastship.errors import ReceiverError
-from fastship.receiver import answers, decisions
-from fastship.receiver.access import Access, Limits
-from fastship.receiver.answers import Answer
-from fastship.receiver.decisions import Body, Declared, Facts
-from fastship.receiver.direct import Takers
-from fastship.receiver.ending import Ending, storage_failed
-from fastship.receiver.ingest import End, Receive, gather, ingest
-from fastship.receiver.load import Load
-from fastship.receiver.lock import Superseded
-from fastship.receiver.partial import Partial, Unsynced
-from fastship.receiver.reading import send_artifact
-from fastship.receiver.request import Request, Scope, Send
+from fastship.receiver.policy import answers, decisions
+from fastship.receiver.policy.access import Access, Limits
+from fastship.receiver.policy.answers import Answer
+from fastship.receiver.policy.decisions import Body, Declared, Facts
+from fastship.receiver.policy.load import Load
 from fastship.receiver.shares import Shares
-from fastship.receiver.small import SMALL_BYTES, SMALL_CONTENT_BYTES, Small, SmallStore
-from fastship.receiver.store import Store
+from fastship.receiver.store.ending import Ending, storage_failed
+from fastship.receiver.store.small import SMALL_BYTES, SMALL_CONTENT_BYTES, Small, SmallStore
+from fastship.receiver.store.store import Store
 from fastship.receiver.threads import Threads
-from fastship.receiver.upload import Upload
+from fastship.receiver.uploads.lock import Superseded
+from fastship.receiver.uploads.partial import Partial, Unsynced
+from fastship.receiver.uploads.upload import Upload
 from fastship.receiver.verification import Verifications
+from fastship.receiver.wire.direct import Takers
+from fastship.receiver.wire.ingest import End, Receive, gather, ingest
+from fastship.receiver.wire.reading import send_artifact
+from fastship.receiver.wire.request import Request, Scope, Send
 from fastship.settings import ReceiverSettings
 
 _log = logging.getLogger("fastship.receiver")

@@ -32,9 +32,9 @@ from typing import Any
 import msgspec
 
 from fastship.errors import EXIT_OK, ReceiverError
-from fastship.receiver.access import Access
 from fastship.receiver.app import create_app, missing_extra
-from fastship.receiver.store import Store
+from fastship.receiver.policy.access import Access
+from fastship.receiver.store.store import Store
 from fastship.settings import ReceiverSettings
 
 _log = logging.getLogger("fastship.receiver")
@@ -83,8 +83,8 @@ def serve_socket(
     """Serve the listening socket in this process; blocks. ``ready`` is called once; ends when ``orphaned``."""
     import uvicorn
 
-    from fastship.receiver import connection
-    from fastship.receiver.quiet import Quiet
+    from fastship.receiver.wire import connection
+    from fastship.receiver.wire.quiet import Quiet
 
     _keep_freed_memory()
     for name in ("uvicorn.error", connection.__name__):

@@ -6,13 +6,13 @@ never about the episode, so no client of ours gives one up for it. Blocks; calle
 
 from __future__ import annotations
 
-from fastship.receiver import answers, decisions
-from fastship.receiver.access import Caller
-from fastship.receiver.answers import Answer
-from fastship.receiver.decisions import Declared
-from fastship.receiver.store import Store
-from fastship.receiver.upload import Upload
-from fastship.receiver.uploads import LengthMismatch
+from fastship.receiver.policy import answers, decisions
+from fastship.receiver.policy.access import Caller
+from fastship.receiver.policy.answers import Answer
+from fastship.receiver.policy.decisions import Declared
+from fastship.receiver.store.store import Store
+from fastship.receiver.uploads.upload import Upload
+from fastship.receiver.uploads.uploads import LengthMismatch
 from fastship.settings import ReceiverSettings
 
 

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from fastship.receiver import answers
-from fastship.receiver.answers import Answer
-from fastship.receiver.decisions import Declared
-from fastship.receiver.lock import Busy
-from fastship.receiver.partial import Partial
-from fastship.receiver.uploads import LengthMismatch, UnknownUpload, WrongOffset
+from fastship.receiver.policy import answers
+from fastship.receiver.policy.answers import Answer
+from fastship.receiver.policy.decisions import Declared
+from fastship.receiver.uploads.lock import Busy
+from fastship.receiver.uploads.partial import Partial
+from fastship.receiver.uploads.uploads import LengthMismatch, UnknownUpload, WrongOffset
 
 _BUSY_WAIT_S = 20.0  # for an artifact that is being verified, before the client is asked to come again
 _TRY_S = 0.05  # so long a thread waits for an upload's lock

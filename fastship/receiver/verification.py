@@ -18,11 +18,11 @@ from typing import Any
 
 import msgspec
 
-from fastship.receiver import answers
-from fastship.receiver.answers import Answer
-from fastship.receiver.custody import Custody, Finding
-from fastship.receiver.request import Request
-from fastship.receiver.store import Store
+from fastship.receiver.policy import answers
+from fastship.receiver.policy.answers import Answer
+from fastship.receiver.store.custody import Custody, Finding
+from fastship.receiver.store.store import Store
+from fastship.receiver.wire.request import Request
 
 _log = logging.getLogger("fastship.receiver")
 

@@ -20,8 +20,9 @@ import trustme
 import zstandard
 from receiver_process import WAIT_S, Reply, Server, Start, check_stored, make_artifact, sha256_field, wait_for
 
-from fastship.receiver import connection, reading, server
+from fastship.receiver import server
 from fastship.receiver.server import serve_socket
+from fastship.receiver.wire import connection, reading
 from fastship.settings import ReceiverSettings
 
 

@@ -29,9 +29,9 @@ from relay import Relay
 from fastship.episode import Manifest, Outcome
 from fastship.frames import ArtifactReader, FramePool
 from fastship.pack import PackOptions, pack
-from fastship.receiver.custody import Custody
-from fastship.receiver.decisions import Declared
-from fastship.receiver.store import Store
+from fastship.receiver.policy.decisions import Declared
+from fastship.receiver.store.custody import Custody
+from fastship.receiver.store.store import Store
 from fastship.settings import DestinationSettings, ReceiverSettings, UploadSettings
 from fastship.spool import Outbox
 from fastship.upload import Artifact, ship

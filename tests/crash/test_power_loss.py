@@ -28,11 +28,11 @@ from lab import Command, Lab, Receiver, contents, contents_of, noise, tree
 from sample import journal_lines
 
 from fastship import Shipper, durable, sealed
-from fastship.receiver.answers import Answer
-from fastship.receiver.decisions import Declared, compare
-from fastship.receiver.ending import Ending
-from fastship.receiver.store import Store
-from fastship.receiver.uploads import UnknownUpload
+from fastship.receiver.policy.answers import Answer
+from fastship.receiver.policy.decisions import Declared, compare
+from fastship.receiver.store.ending import Ending
+from fastship.receiver.store.store import Store
+from fastship.receiver.uploads.uploads import UnknownUpload
 from fastship.settings import ReceiverSettings
 from fastship.spool import Spool
 from fastship.spool.reason import REASON_FILE

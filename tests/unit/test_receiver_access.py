@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastship.errors import ReceiverError
-from fastship.receiver.access import Access, Caller, Limits
+from fastship.receiver.policy.access import Access, Caller, Limits
 
 
 def test_no_files_let_everybody_in() -> None:

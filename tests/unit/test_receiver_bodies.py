@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from fastship.receiver.decisions import Declared
-from fastship.receiver.lock import Busy, Superseded
-from fastship.receiver.partial import Partial
-from fastship.receiver.store import Store
-from fastship.receiver.uploads import Uploads
+from fastship.receiver.policy.decisions import Declared
+from fastship.receiver.store.store import Store
+from fastship.receiver.uploads.lock import Busy, Superseded
+from fastship.receiver.uploads.partial import Partial
+from fastship.receiver.uploads.uploads import Uploads
 from fastship.settings import ReceiverSettings
 
 DATA = bytes(range(250))

@@ -15,10 +15,10 @@ import msgspec
 import pytest
 from receiver_process import make_artifact
 
-from fastship.receiver.answers import Answer
-from fastship.receiver.custody import Custody, Finding, Pace
-from fastship.receiver.decisions import Declared
-from fastship.receiver.store import Prepared, Store
+from fastship.receiver.policy.answers import Answer
+from fastship.receiver.policy.decisions import Declared
+from fastship.receiver.store.custody import Custody, Finding, Pace
+from fastship.receiver.store.store import Prepared, Store
 from fastship.settings import ReceiverSettings
 
 

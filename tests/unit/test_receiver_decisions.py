@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from fastship import fields
 from fastship.episode import Receipt, ReceivedArtifact, ReceivedContent
-from fastship.receiver.access import CommitList
-from fastship.receiver.answers import Answer
-from fastship.receiver.decisions import (
+from fastship.receiver.policy.access import CommitList
+from fastship.receiver.policy.answers import Answer
+from fastship.receiver.policy.decisions import (
     Append,
     Body,
     Declared,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fastship.receiver.direct import PIECE_BYTES, Takers, Taking
-from fastship.receiver.partial import Partial
+from fastship.receiver.uploads.partial import Partial
+from fastship.receiver.wire.direct import PIECE_BYTES, Takers, Taking
 
 DATA = os.urandom(3 * PIECE_BYTES + 12345)
 

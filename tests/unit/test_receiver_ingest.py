@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from fastship.receiver.ingest import BATCH_BYTES, End, Message, gather, ingest
-from fastship.receiver.partial import Partial
+from fastship.receiver.uploads.partial import Partial
+from fastship.receiver.wire.ingest import BATCH_BYTES, End, Message, gather, ingest
 
 CHUNKS = [bytes([number % 251]) * 65536 for number in range(60)]  # more than three batches
 WHOLE = b"".join(CHUNKS)

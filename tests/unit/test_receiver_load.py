@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 
-from fastship.receiver.access import Caller, Limits
-from fastship.receiver.load import Load
+from fastship.receiver.policy.access import Caller, Limits
+from fastship.receiver.policy.load import Load
 
 A, B = Caller("a"), Caller("b")
 

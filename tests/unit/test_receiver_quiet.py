@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from fastship.receiver import quiet
+from fastship.receiver.wire import quiet
 
 
 def test_a_flood_leaves_a_few_lines_and_their_number(

@@ -11,10 +11,10 @@ import pytest
 from receiver_process import make_artifact
 
 from fastship.errors import ReceiverError
-from fastship.receiver import scrub as scrub_module
-from fastship.receiver.decisions import Declared
-from fastship.receiver.scrub import Scrub, Unchecked
-from fastship.receiver.store import Store
+from fastship.receiver.policy.decisions import Declared
+from fastship.receiver.store import scrub as scrub_module
+from fastship.receiver.store.scrub import Scrub, Unchecked
+from fastship.receiver.store.store import Store
 from fastship.settings import ReceiverSettings
 
 

@@ -16,10 +16,10 @@ import pytest
 import zstandard
 
 from fastship import durable
-from fastship.receiver.answers import Answer
-from fastship.receiver.decisions import OVERLOADED, Body, Declared
-from fastship.receiver.small import Small, SmallStore
-from fastship.receiver.store import Store
+from fastship.receiver.policy.answers import Answer
+from fastship.receiver.policy.decisions import OVERLOADED, Body, Declared
+from fastship.receiver.store.small import Small, SmallStore
+from fastship.receiver.store.store import Store
 from fastship.settings import ReceiverSettings
 
 WAIT_S = 30

@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 from fastship import durable
 from fastship.episode import Receipt
 from fastship.errors import ArtifactError, ReceiverError
-from fastship.receiver.answers import Answer
-from fastship.receiver.decisions import Declared
-from fastship.receiver.lock import Busy, Superseded, UploadLock
-from fastship.receiver.partial import Partial
-from fastship.receiver.store import ContentMismatch, DigestMismatch, Store
-from fastship.receiver.uploads import LengthMismatch, UnknownUpload, Uploads
+from fastship.receiver.policy.answers import Answer
+from fastship.receiver.policy.decisions import Declared
+from fastship.receiver.store.store import ContentMismatch, DigestMismatch, Store
+from fastship.receiver.uploads.lock import Busy, Superseded, UploadLock
+from fastship.receiver.uploads.partial import Partial
+from fastship.receiver.uploads.uploads import LengthMismatch, UnknownUpload, Uploads
 from fastship.settings import ReceiverSettings
 
 

@@ -13,13 +13,14 @@ import msgspec
 import pytest
 
 from fastship import durable
-from fastship.receiver import answers, sweep
-from fastship.receiver.answers import Answer
-from fastship.receiver.decisions import Declared
-from fastship.receiver.ending import Ending
-from fastship.receiver.lock import Superseded
-from fastship.receiver.store import Store
-from fastship.receiver.uploads import LengthMismatch, UnknownUpload, Uploads, WrongOffset
+from fastship.receiver.policy import answers
+from fastship.receiver.policy.answers import Answer
+from fastship.receiver.policy.decisions import Declared
+from fastship.receiver.store.ending import Ending
+from fastship.receiver.store.store import Store
+from fastship.receiver.uploads import sweep
+from fastship.receiver.uploads.lock import Superseded
+from fastship.receiver.uploads.uploads import LengthMismatch, UnknownUpload, Uploads, WrongOffset
 from fastship.settings import ReceiverSettings
 
 

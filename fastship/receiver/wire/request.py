@@ -17,10 +17,10 @@ from typing import Any
 import msgspec
 
 from fastship import fields
-from fastship.receiver.access import Caller
-from fastship.receiver.answers import Answer
-from fastship.receiver.direct import EXTENSION, Direct
-from fastship.receiver.ingest import Message, Receive
+from fastship.receiver.policy.access import Caller
+from fastship.receiver.policy.answers import Answer
+from fastship.receiver.wire.direct import EXTENSION, Direct
+from fastship.receiver.wire.ingest import Message, Receive
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]

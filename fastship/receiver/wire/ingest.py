@@ -15,8 +15,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import Executor
 from typing import Any
 
-from fastship.receiver.direct import Direct, Takers, Taking
-from fastship.receiver.partial import Digest, Partial
+from fastship.receiver.uploads.partial import Digest, Partial
+from fastship.receiver.wire.direct import Direct, Takers, Taking
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from fastship.receiver.decisions import Declared
-from fastship.receiver.lock import Busy, Gone, Superseded, UploadLock
-from fastship.receiver.partial import Partial, Unsynced
+from fastship.receiver.policy.decisions import Declared
+from fastship.receiver.uploads.lock import Busy, Gone, Superseded, UploadLock
+from fastship.receiver.uploads.partial import Partial, Unsynced
 
 _WRITER_WAIT_S = 60.0  # a HEAD's fdatasync on a slow disk must not end an append
 

@@ -24,7 +24,7 @@ import msgspec
 from fastship import pagecache
 from fastship.episode import Receipt, now_wall
 from fastship.frames import ReadAgain, read_again
-from fastship.receiver.store import Store
+from fastship.receiver.store.store import Store
 
 _log = logging.getLogger("fastship.receiver")
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from fastship import durable
 from fastship.ages import STEP_S, Ages
-from fastship.receiver.bodies import is_free
-from fastship.receiver.decisions import Declared
-from fastship.receiver.lock import Busy, Gone, UploadLock
+from fastship.receiver.policy.decisions import Declared
+from fastship.receiver.uploads.bodies import is_free
+from fastship.receiver.uploads.lock import Busy, Gone, UploadLock
 
 _log = logging.getLogger("fastship.receiver")
 _TOKEN = re.compile(r"[0-9a-f]{64}")

@@ -15,9 +15,9 @@ from concurrent.futures import Executor
 from pathlib import Path
 
 from fastship.episode import Receipt
-from fastship.receiver import answers, decisions
-from fastship.receiver.answers import Answer
-from fastship.receiver.request import Request
+from fastship.receiver.policy import answers, decisions
+from fastship.receiver.policy.answers import Answer
+from fastship.receiver.wire.request import Request
 
 _PIECE_BYTES = 256 << 10  # who reads slowly keeps one in memory
 _STALL_S = 60.0  # 4 kB/s

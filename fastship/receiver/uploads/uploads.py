@@ -29,14 +29,14 @@ import msgspec
 
 from fastship import durable, sealed
 from fastship.frames import Following
-from fastship.receiver.answers import Answer
-from fastship.receiver.bodies import Bodies
-from fastship.receiver.decisions import Declared, Held
-from fastship.receiver.lock import Busy, Gone, State, Superseded, UploadLock
-from fastship.receiver.partial import Digest, Partial, Unsynced, sync_data
-from fastship.receiver.reserved import Reserved
-from fastship.receiver.sweep import Sweep
-from fastship.receiver.upload import Upload, note, own
+from fastship.receiver.policy.answers import Answer
+from fastship.receiver.policy.decisions import Declared, Held
+from fastship.receiver.uploads.bodies import Bodies
+from fastship.receiver.uploads.lock import Busy, Gone, State, Superseded, UploadLock
+from fastship.receiver.uploads.partial import Digest, Partial, Unsynced, sync_data
+from fastship.receiver.uploads.reserved import Reserved
+from fastship.receiver.uploads.sweep import Sweep
+from fastship.receiver.uploads.upload import Upload, note, own
 
 _log = logging.getLogger("fastship.receiver")
 _TOKEN = re.compile(r"[0-9a-f]{64}")

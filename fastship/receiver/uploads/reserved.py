@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from fastship.receiver.decisions import Declared, Held
+from fastship.receiver.policy.decisions import Declared, Held
 
 _LOOK_S = 1.0
 _LOOK_SHARE = 0.02  # of a core

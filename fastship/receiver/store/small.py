@@ -20,13 +20,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from fastship import durable
-from fastship.receiver import answers
-from fastship.receiver.answers import Answer
-from fastship.receiver.decisions import Body, Declared
-from fastship.receiver.ending import refusal, storage_failed
-from fastship.receiver.lock import Busy
-from fastship.receiver.store import Prepared, Store
-from fastship.receiver.uploads import UnknownUpload
+from fastship.receiver.policy import answers
+from fastship.receiver.policy.answers import Answer
+from fastship.receiver.policy.decisions import Body, Declared
+from fastship.receiver.store.ending import refusal, storage_failed
+from fastship.receiver.store.store import Prepared, Store
+from fastship.receiver.uploads.lock import Busy
+from fastship.receiver.uploads.uploads import UnknownUpload
 
 _log = logging.getLogger("fastship.receiver")
 

@@ -17,9 +17,9 @@ import msgspec
 
 from fastship import fields
 from fastship.episode import Receipt, is_episode_id
-from fastship.receiver import answers
-from fastship.receiver.access import CommitList, Limits
-from fastship.receiver.answers import Answer
+from fastship.receiver.policy import answers
+from fastship.receiver.policy.access import CommitList, Limits
+from fastship.receiver.policy.answers import Answer
 
 _COMMIT = re.compile(r"[0-9a-fA-F]{40}")
 _RANGE = re.compile(r"bytes=(\d{0,15})-(\d{0,15})")

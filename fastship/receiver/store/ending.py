@@ -14,14 +14,14 @@ import time
 
 from fastship.errors import ArtifactError
 from fastship.frames import Bomb
-from fastship.receiver import answers, decisions
-from fastship.receiver.answers import Answer
-from fastship.receiver.decisions import Declared
-from fastship.receiver.lock import Busy, Superseded
-from fastship.receiver.partial import Partial, Unsynced
-from fastship.receiver.store import ContentMismatch, DigestMismatch, Store
-from fastship.receiver.upload import Upload
-from fastship.receiver.uploads import UnknownUpload
+from fastship.receiver.policy import answers, decisions
+from fastship.receiver.policy.answers import Answer
+from fastship.receiver.policy.decisions import Declared
+from fastship.receiver.store.store import ContentMismatch, DigestMismatch, Store
+from fastship.receiver.uploads.lock import Busy, Superseded
+from fastship.receiver.uploads.partial import Partial, Unsynced
+from fastship.receiver.uploads.upload import Upload
+from fastship.receiver.uploads.uploads import UnknownUpload
 
 _log = logging.getLogger("fastship.receiver")
 

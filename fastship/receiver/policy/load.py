@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 
-from fastship.receiver.access import Caller
+from fastship.receiver.policy.access import Caller
 
 
 class Load:

@@ -25,8 +25,8 @@ from pathlib import Path
 
 from fastship import durable
 from fastship.frames import Following
-from fastship.receiver.lock import Busy, Superseded
-from fastship.receiver.partial import Partial, Unsynced, sync_data
+from fastship.receiver.uploads.lock import Busy, Superseded
+from fastship.receiver.uploads.partial import Partial, Unsynced, sync_data
 
 _POLL_S = 0.002
 

@@ -19,8 +19,8 @@ import msgspec
 
 from fastship.episode import ARTIFACT_SUFFIX, is_episode_id
 from fastship.errors import ReceiverError
-from fastship.receiver.custody import Custody, Finding, Pace
-from fastship.receiver.store import Store
+from fastship.receiver.store.custody import Custody, Finding, Pace
+from fastship.receiver.store.store import Store
 from fastship.settings import ReceiverSettings
 
 _TOGETHER = 1 << 16  # names from one look through the store: some 10 MB

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-from fastship.receiver.partial import Digest, Partial
+from fastship.receiver.uploads.partial import Digest, Partial
 
 PIECE_BYTES = 1 << 20  # received, digested and written at once: of 256 KiB to 1 MiB the one that costs least CPU
 _WAKE_BYTES = PIECE_BYTES // 2  # a thread woken for every packet costs 5 % more CPU

@@ -43,11 +43,11 @@ from fastship.episode import (
 )
 from fastship.errors import ArtifactError, ReceiverError
 from fastship.frames import Following, ReadAgain, verify_content
-from fastship.receiver import answers
-from fastship.receiver.answers import Answer
-from fastship.receiver.decisions import Declared, compare
-from fastship.receiver.partial import Partial, Unsynced, begin_writeback, sync_data
-from fastship.receiver.uploads import Uploads
+from fastship.receiver.policy import answers
+from fastship.receiver.policy.answers import Answer
+from fastship.receiver.policy.decisions import Declared, compare
+from fastship.receiver.uploads.partial import Partial, Unsynced, begin_writeback, sync_data
+from fastship.receiver.uploads.uploads import Uploads
 from fastship.settings import ReceiverSettings
 
 _log = logging.getLogger("fastship.receiver")

@@ -26,7 +26,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from fastship import fields
-from fastship.receiver.direct import EXTENSION
+from fastship.receiver.wire.direct import EXTENSION
 
 _log = logging.getLogger(__name__)  # a name of its own: `quiet` bounds what clients can make us log
 

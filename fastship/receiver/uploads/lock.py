@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from fastship.receiver.partial import sync_data
+from fastship.receiver.uploads.partial import sync_data
 
 _LINE_BYTES = 96  # within a sector of 512 bytes
 _POLL_S = 0.002
