@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import logging
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from typing import Any, TypeVar
 
 import msgspec
@@ -37,7 +37,7 @@ from fastship.receiver.verification import Verifications
 from fastship.receiver.wire.direct import Takers
 from fastship.receiver.wire.ingest import End, Receive, gather, ingest
 from fastship.receiver.wire.reading import send_artifact
-from fastship.receiver.wire.request import Request, Scope, Send
+from fastship.receiver.wire.request import Left, Request, Scope, Send
 from fastship.settings import ReceiverSettings
 
 _log = logging.getLogger("fastship.receiver")
@@ -45,6 +45,8 @@ _log = logging.getLogger("fastship.receiver")
 IDLE_TIMEOUT_S = 60.0  # a body of which next to nothing comes for so long is given up; what came is kept
 _MEND_INTERVAL_S = 3600.0
 _HELD_BYTES = 16 << 20  # of small bodies in memory; more go to the disk at once
+_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE", "POST"))  # the others are not ours
+_READ = ("GET", "HEAD")
 _ROUTE = re.compile(r"/v1/(episodes|uploads|receipts|verifications)/([^/]*)")
 
 T = TypeVar("T")
@@ -86,6 +88,8 @@ class Receiver:
             await self._live(receive, send)
         elif scope["type"] == "http":
             await self._serve(Request(scope, receive, send))
+        else:  # silence would be consent (ASGI, "Applications")
+            raise NotImplementedError(f"not {scope['type']}")
 
     def close(self) -> None:
         """Let threads end; does not wait for them."""
@@ -118,22 +122,27 @@ class Receiver:
             answer = await self._route(request)
             if answer is not None:
                 await request.answer(answer)
+        except Left:
+            pass
         except Exception as error:
             if request.status or not isinstance(error, OSError):
                 _log.exception("%s %r failed", request.method, request.path)
             if request.status:
                 raise  # too late for an answer: the server cuts the connection
             failed = storage_failed(error) if isinstance(error, OSError) else answers.INTERNAL
-            await request.answer(failed)
+            with contextlib.suppress(Left):
+                await request.answer(failed)
         finally:
-            self._metrics.requests.labels(request.method, str(request.status)).inc()
+            # A name that a client made up would be a counter for good.
+            method = request.method if request.method in _METHODS else "other"
+            self._metrics.requests.labels(method, str(request.status)).inc()
             if request.body_bytes:
                 self._metrics.body_bytes.inc(request.body_bytes)
 
     async def _route(self, request: Request) -> Answer | None:
         """The answer, or None when it was sent already (or there is nobody to send it to)."""
         if request.path == "/healthz":
-            return Answer(200, {"status": "ok"})
+            return self._refuse_method(request, _READ) or Answer(200, {"status": "ok"})
         caller = self._access.caller(request.headers.get("authorization"))
         refused = decisions.admit(caller is not None)
         if caller is None or refused is not None:
@@ -143,6 +152,8 @@ class Receiver:
         if wait_s:
             return decisions.too_often(wait_s)
         if request.path == "/metrics":
+            if (refused := self._refuse_method(request, _READ)) is not None:
+                return refused
             await request.text(self._metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
             return None
         match = _ROUTE.fullmatch(request.path)
@@ -165,11 +176,18 @@ class Receiver:
             "verifications": {"POST": self._verifications.answer},
         }
         methods = routes[kind]
+        return self._refuse_method(request, methods) or await methods[request.method](request, name)
+
+    def _refuse_method(self, request: Request, methods: Collection[str]) -> Answer | None:
+        """The answer to a method that is not for this resource, and to OPTIONS."""
+        allow = ("Allow", ", ".join(methods))
         if request.method == "OPTIONS":
-            return Answer(204, None, (("Allow", ", ".join(methods)), self._limits()))
-        if request.method not in methods:
-            return answers.error(405, "bad-method", f"not {request.method} here", ("Allow", ", ".join(methods)))
-        return await methods[request.method](request, name)
+            return Answer(204, None, (allow, self._limits()))
+        return (
+            answers.error(405, "bad-method", "this method is not for this resource", allow)
+            if request.method not in methods
+            else None
+        )
 
     # --- reading ---------------------------------------------------------------------------------------------
 
@@ -249,7 +267,9 @@ class Receiver:
         self._load.held_bytes += length
         try:
             with self._one_more_body(request):
-                end, data = await gather(request.receive, idle_timeout_s=IDLE_TIMEOUT_S)
+                end, data = await gather(request.receive, limit_bytes=length, idle_timeout_s=IDLE_TIMEOUT_S)
+            if end is End.TOO_LONG or (end is End.WHOLE and len(data) != length):
+                return _NOT_AS_LONG
             if end is not End.WHOLE:
                 if declared.sha256 and not body.sha256:
                     await self._in(self._io, self._ending.keep_cut, declared, data)
@@ -275,7 +295,7 @@ class Receiver:
             if end is End.TOO_LONG and declared.length is None:
                 return self._count(decisions.too_large(self._settings.max_bytes))
             if end is End.TOO_LONG or (end is End.WHOLE and declared.length not in (None, partial.offset)):
-                return answers.length_mismatch("the body is not as long as Upload-Length said", 0)
+                return _NOT_AS_LONG
             if end is not End.WHOLE:
                 if resumable:
                     await self._in(self._io, self._ending.keep, declared, partial)
@@ -298,16 +318,18 @@ class Receiver:
         upload = await self._take(lambda wait_s: self._uploads.create(declared, wait_s=wait_s))
         if isinstance(upload, Answer):
             return upload
+        location = ("Location", f"/v1/uploads/{upload.token}")
         try:
             known = await self._in(self._io, self._ending.known, upload)  # while we waited for it
             if known is not None:
                 return self._count(known)
             if not body.empty and upload.partial.offset == 0:
                 stopped, answer = await self._append(request, upload, body)
+                if stopped and answer is not None and answer.is_about_upload:
+                    answer = answer.with_fields(location)  # who is not told a random name could never go on
                 if stopped:
                     return answer
             offset = await self._in(self._io, upload.tell)
-            location = ("Location", f"/v1/uploads/{upload.token}")
             return Answer(201, None, (location, *answers.about_upload(offset), self._limits()))
         except Superseded:
             return await self._in(self._io, self._ending.superseded, upload.declared)
@@ -397,6 +419,8 @@ class Receiver:
         look = await self._take(lambda wait_s: self._uploads.look(token, request.caller.owner, wait_s=wait_s))
         if isinstance(look, Answer):
             return look
+        if look.ended is not None and not await self._in(self._io, self._ending.holds, look.ended):
+            return answers.UNKNOWN_UPLOAD
         complete = (fields.UPLOAD_COMPLETE, fields.format_boolean(look.ended is not None))
         told: tuple[tuple[str, str], ...] = (complete, (fields.UPLOAD_OFFSET, str(look.offset)), self._limits())
         if look.length is not None:
@@ -443,6 +467,7 @@ class Receiver:
         return verdict
 
 
+_NOT_AS_LONG = answers.length_mismatch("the body is not as long as was said")
 _GIVEN_UP = answers.error(
     408, "body-timeout", f"next to nothing came for {IDLE_TIMEOUT_S:.0f} s", ("Connection", "close")
 )

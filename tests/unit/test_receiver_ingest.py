@@ -144,7 +144,7 @@ def test_a_byte_now_and_then_is_idle(partial: Partial, small: bool) -> None:
         return {"type": "http.request", "body": b"x", "more_body": True}
 
     if small:
-        end, data = asyncio.run(gather(receive, idle_timeout_s=0.3))
+        end, data = asyncio.run(gather(receive, limit_bytes=1 << 20, idle_timeout_s=0.3))
         assert end is End.IDLE
         assert data == b"x" * len(data) != b""
     else:

@@ -17,6 +17,7 @@ from fastship import fields
 from fastship.episode import Receipt
 
 _PROBLEMS = "https://iana.org/assignments/http-problem-types#"  # registered by the draft, section "Problem Types"
+_UPLOAD_GOES_ON = (fields.UPLOAD_COMPLETE, fields.format_boolean(False))
 OFFSET_MISMATCH = _PROBLEMS + "mismatching-upload-offset"
 LENGTH_MISMATCH = _PROBLEMS + "inconsistent-upload-length"
 
@@ -32,6 +33,10 @@ class Answer(msgspec.Struct, frozen=True):
     def content_type(self) -> str:
         return "application/problem+json" if self.body and "type" in self.body else "application/json"
 
+    @property
+    def is_about_upload(self) -> bool:
+        return _UPLOAD_GOES_ON in self.fields
+
     def with_fields(self, *more: tuple[str, str]) -> Answer:
         return Answer(self.status, self.body, (*self.fields, *more))
 
@@ -43,8 +48,7 @@ def error(status: int, code: str, text: str, *more: tuple[str, str], **details: 
 
 def about_upload(offset: int | None = None) -> tuple[tuple[str, str], ...]:
     """The fields that make an answer one about the upload, which can go on (at ``offset``)."""
-    complete = (fields.UPLOAD_COMPLETE, fields.format_boolean(False))
-    return (complete,) if offset is None else (complete, (fields.UPLOAD_OFFSET, str(offset)))
+    return (_UPLOAD_GOES_ON,) if offset is None else (_UPLOAD_GOES_ON, (fields.UPLOAD_OFFSET, str(offset)))
 
 
 ABOUT_EPISODE = (fields.UPLOAD_COMPLETE, fields.format_boolean(True))

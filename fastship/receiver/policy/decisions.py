@@ -112,10 +112,10 @@ def read_declared(headers: Mapping[str, str], episode: str, body: Body, owner: s
         return _bad_field(fields.UPLOAD_LENGTH, "a number of bytes")
     if body.complete is not False and body.length is not None:
         if length not in (None, body.length):
-            return answers.length_mismatch("Upload-Length is not the length of this complete body", 0)
+            return answers.length_mismatch("Upload-Length is not the length of this complete body")
         length = body.length
     if length is not None and body.length is not None and body.length > length:
-        return answers.length_mismatch("the body is longer than Upload-Length", 0)
+        return answers.length_mismatch("the body is longer than Upload-Length")
     sha256 = _digest(headers, fields.REPR_DIGEST, "sha-256")
     if isinstance(sha256, Answer):
         return sha256

@@ -12,6 +12,9 @@ import logging
 import os
 import time
 
+import msgspec
+
+from fastship.episode import Receipt
 from fastship.errors import ArtifactError
 from fastship.frames import Bomb
 from fastship.receiver.policy import answers, decisions
@@ -119,10 +122,16 @@ class Ending:
             return answers.UNKNOWN_UPLOAD
         if look is None or look.ended is None:
             return None
-        stored = (look.ended.body or {}).get("episode") if look.ended.status < 300 else None
-        if stored is not None and not self._store.artifact_path(stored).exists():
-            return answers.UNKNOWN_UPLOAD  # taken out of the store by hand
-        return look.ended
+        return look.ended if self.holds(look.ended) else answers.UNKNOWN_UPLOAD
+
+    def holds(self, ended: Answer) -> bool:
+        """Whether an upload's final answer is still true. A 200 or 201 is not when what it was about has rotted, or was
+        taken out of the store by hand, whatever has been stored under that id since."""
+        if ended.status >= 300 or ended.body is None:
+            return True
+        told = msgspec.convert(ended.body, Receipt)
+        stored = self._store.receipt(told.episode)
+        return stored is not None and stored.artifact == told.artifact
 
 
 def refusal(error: Exception) -> tuple[Answer, bool] | None:

@@ -94,21 +94,25 @@ async def ingest(
     return end
 
 
-async def gather(receive: Receive, *, idle_timeout_s: float) -> tuple[End, bytes]:
-    """A body that is known to be small, in memory."""
+async def gather(receive: Receive, *, limit_bytes: int, idle_timeout_s: float) -> tuple[End, bytes]:
+    """A small body, in memory; at most ``limit_bytes`` of it."""
     pieces: list[bytes] = []
     loop = asyncio.get_running_loop()
-    came = 0
+    came, left_bytes = 0, limit_bytes
     try:
         async with asyncio.timeout(idle_timeout_s) as limit:
             while True:
                 message = await receive()
                 if message["type"] != "http.request":
                     return End.CUT, b"".join(pieces)
-                pieces.append(message.get("body", b""))
+                piece = message.get("body", b"")
+                left_bytes -= len(piece)
+                if left_bytes < 0:
+                    return End.TOO_LONG, b"".join(pieces)
+                pieces.append(piece)
                 if not message.get("more_body", False):
                     return End.WHOLE, b"".join(pieces)
-                came += len(pieces[-1])
+                came += len(piece)
                 if came >= LEAST_BYTES:
                     limit.reschedule(loop.time() + idle_timeout_s)
                     came = 0

@@ -33,7 +33,7 @@ async def send_artifact(request: Request, path: Path, receipt: Receipt, executor
         await request.start(304, headers)
         await request.send_body(b"")
         return
-    part = _wanted(request.headers, etag, size)
+    part = _wanted(request.headers, etag, size) if request.method == "GET" else None  # RFC 9110, 14.2
     if isinstance(part, Answer):
         await request.answer(part)
         return

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 import msgspec
@@ -27,10 +27,18 @@ Send = Callable[[Message], Awaitable[None]]
 
 _LINGER_S = 3.0  # for a client that sends on after the answer; libcurl stops at once
 _JSON_TAIL = b"\n"
+_CLOSE = ("Connection", "close")
+
+
+class Left(Exception):
+    """The server says, by failing to send (ASGI 2.4), that there is nobody to answer any more."""
 
 
 class Request:
-    """``headers`` have lower-case names; several lines of one field are joined as RFC 9110, 5.3 says."""
+    """``headers`` have lower-case names; several lines of one field are joined as RFC 9110, 5.3 says.
+
+    Everything that sends raises `Left`.
+    """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.method: str = scope["method"]
@@ -45,7 +53,7 @@ class Request:
         self._receive = receive
         self._send = send
         length = self.headers.get("content-length", "0").strip()
-        ours = scope.get("extensions", {}).get(EXTENSION, {})
+        ours = (scope.get("extensions") or {}).get(EXTENSION, {})
         self.direct: Direct | None = ours.get("body")
         self.cut: Callable[[str], None] = ours.get("cut", lambda _why: None)  # the connection, at once
         self._unread = "transfer-encoding" in self.headers or length != "0"
@@ -69,13 +77,20 @@ class Request:
         while (await self.receive())["type"] != "http.disconnect":
             pass
 
-    async def start(self, status: int, headers: Iterable[tuple[str, str]]) -> None:
+    async def start(self, status: int, headers: Sequence[tuple[str, str]]) -> None:
         self.status = status
+        headers = [*headers, _CLOSE] if self._unread and _CLOSE not in headers else headers
         encoded = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers]
-        await self._send({"type": "http.response.start", "status": status, "headers": encoded})
+        await self._say({"type": "http.response.start", "status": status, "headers": encoded})
 
     async def send_body(self, body: bytes, *, more: bool = False) -> None:
-        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        await self._say({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def _say(self, message: Message) -> None:
+        try:
+            await self._send(message)
+        except OSError as error:
+            raise Left from error
 
     async def answer(self, answer: Answer) -> None:
         """Send ``answer`` as JSON, whole."""
@@ -87,18 +102,19 @@ class Request:
             headers.append(("Content-Type", answer.content_type))
         if answer.status != 204:
             headers.append(("Content-Length", str(len(body))))
+        await self._answer(answer.status, headers, body)
+
+    async def text(self, body: bytes, content_type: str) -> None:
+        await self._answer(200, [("Content-Type", content_type), ("Content-Length", str(len(body)))], body)
+
+    async def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
+        await self.start(status, headers)
         if not self._unread:
-            await self.start(answer.status, headers)
             await self.send_body(body)
             return
-        await self.start(answer.status, [*headers, ("Connection", "close")])
         await self.send_body(body, more=True)
         await self._linger()
         await self.send_body(b"")
-
-    async def text(self, body: bytes, content_type: str) -> None:
-        await self.start(200, [("Content-Type", content_type), ("Content-Length", str(len(body)))])
-        await self.send_body(body)
 
     async def _linger(self) -> None:
         deadline = time.monotonic() + _LINGER_S
