@@ -3,7 +3,7 @@
 Hypothesis makes scopes (methods, paths, fields that are ours with values that are not, fields that are nobody's) and
 the events that follow (empty pieces, a body shorter or longer than was said, a client that leaves at any of them). Held
 against every one: no exception, one whole answer or none where nobody is left, never a 500, ``Connection: close`` where
-body was left, and no more events asked for than there are. Afterwards the root has what was verified, and nothing stray.
+body was left, and no more events asked for than there are. Afterwards the root has what was verified, nothing stray.
 """
 
 from __future__ import annotations
