@@ -15,6 +15,7 @@ Imports ``errors`` and its siblings, and zstandard; everything above imports it 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import queue
 import threading
@@ -143,7 +144,8 @@ class ArtifactReader:
         pending: deque[tuple[int, _Frame]] = deque()
         with contextlib.ExitStack() as cleanup:
             readers = None
-            if threads > 1 and len(numbers) > 1:
+            with_content = (number for number in numbers if table.content_size(number))  # the member index has none
+            if threads > 1 and len(list(itertools.islice(with_content, 2))) > 1:
                 readers = cleanup.enter_context(FrameThreads(threads))
             for number in numbers:
                 size = table.content_size(number)

@@ -236,6 +236,16 @@ def test_a_file_that_cannot_be_read_is_a_clear_error(tmp_path: Path) -> None:
         list(artifact_reader.stream())
 
 
+def test_no_thread_is_started_for_the_one_frame_that_most_artifacts_have() -> None:
+    single = artifact(CONTENT, len(CONTENT) + 1)
+    assert (over(single).frames, over(single).has_index) == (1, True)
+    before = threading.active_count()
+    stream = over(single).stream(3)
+    assert next(stream) == CONTENT
+    assert threading.active_count() == before
+    assert list(stream) == []
+
+
 def test_a_stream_left_early_ends_its_threads() -> None:
     before = threading.active_count()
     stream: Iterator[bytes] = over(ARTIFACT).stream(3)
