@@ -25,11 +25,14 @@ class Shares:
         self._settings = settings
 
     def may_begin(self, caller: Caller, declared: Declared) -> Answer | None:
-        """Why the caller may not begin this upload. Two that ask at once may both be let in."""
-        if self._uploads.is_known(declared):
+        """Why the caller may not begin this upload, or not go on with it as something longer. Two that ask at once may
+        both be let in."""
+        held = self._uploads.held_by(declared)
+        more = max(0, (declared.length or 0) - (held or 0))
+        if held is not None and not more:
             return None
         for fresh in (False, True):  # only where the answer seems to be no the last word is asked for
-            refused = self._decide(caller, declared.length or 0, begins=True, fresh=fresh)
+            refused = self._decide(caller, more, begins=held is None, fresh=fresh)
             if refused is None:
                 return None
         return refused

@@ -212,10 +212,15 @@ def test_lengths_that_cannot_be(receiver: Server) -> None:
         receiver.append(location, data[:-5], 0, last=True),
         receiver.append(location, data + b"more", 0),
         receiver.append(location, data, 0, Upload_Length="7"),
-        receiver.create("lengths", data, Upload_Length="7"),
     ):
         assert (refused.status, refused.json()["code"]) == (400, "inconsistent-length")
     reached = receiver.request("HEAD", location).offset
+    assert receiver.append(location, data[reached : reached + 100], reached).status == 204
+    refused = receiver.create("lengths", data, Upload_Length="7")
+    assert (refused.status, refused.json()["code"]) == (400, "inconsistent-length")
+    assert receiver.create("lengths", data, Upload_Length="12345").offset == reached + 100
+    assert receiver.append(location, data[reached + 100 :], reached + 100, last=True).status == 400
+    reached = receiver.create("lengths", data).offset
     assert receiver.append(location, data[reached:], reached, last=True).status == 201
 
 

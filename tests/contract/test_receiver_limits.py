@@ -95,8 +95,11 @@ def test_bytes_of_unfinished_uploads(start: Start, tokens: Path) -> None:
             0,
             **A,
         ),
+        server.create("bytes", data, Upload_Length="5001", **A),
     ):
         assert (answer.status, answer.json()["code"]) == (507, "quota")
+    assert server.create("bytes", data, Upload_Length="4999", **A).status == 201
+    assert server.create("bytes", data, **A).status == 201
     assert server.create("other", other, **B).status == 201
     assert server.append(location, data, 0, last=True, **A).status == 201
     assert server.create("other", other, **A).status == 201

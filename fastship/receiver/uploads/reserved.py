@@ -55,7 +55,7 @@ class Reserved:
             if but is None:
                 return self._rest
             known = self._known.get(but)
-            return self._rest - (known.rest if known else 0) - self._sent(but)
+            return self._rest - (known.rest if known else 0) - self.arrived(but)
 
     def held(self, owner: str, *, fresh: bool = False) -> Held:
         with self._lock:
@@ -63,10 +63,17 @@ class Reserved:
             uploads, size = self._owned.get(owner, (0, 0))
             return Held(uploads, size, len(self._known))
 
+    def arrived(self, token: str) -> int:
+        """The bytes of its part, durable or not; 0 where there is none."""
+        try:
+            return os.stat(self._directory / f"{token}.part").st_size
+        except FileNotFoundError:
+            return 0
+
     def note(self, token: str, declared: Declared | None) -> None:
         """This process began an upload or was told its length, or (None) ended it: so much is known without a look."""
         with self._lock:
-            self._put(token, self._judge(declared, self._sent(token)) if declared is not None else None)
+            self._put(token, self._judge(declared, self.arrived(token)) if declared is not None else None)
 
     def _look(self, fresh: bool) -> None:
         began = time.monotonic()
@@ -120,9 +127,3 @@ class Reserved:
                     del self._owned[one.owner]
         if known is not None:
             self._known[token] = known
-
-    def _sent(self, token: str) -> int:
-        try:
-            return os.stat(self._directory / f"{token}.part").st_size
-        except FileNotFoundError:
-            return 0

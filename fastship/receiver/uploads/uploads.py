@@ -107,9 +107,11 @@ class Uploads:
         what = f"{declared.episode}|{declared.sha256}" + (f"|{declared.owner}" if declared.owner else "")
         return hmac.new(self._secret, what.encode(), hashlib.sha256).hexdigest()
 
-    def is_known(self, declared: Declared) -> bool:
-        """Whether its upload is there to be gone on with."""
-        return declared.sha256 is not None and self._path(self.token(declared), "json").exists()
+    def held_by(self, declared: Declared) -> int | None:
+        """The bytes that its upload has or was declared with; None where none is there to be gone on with."""
+        token = self.token(declared)
+        known = self._read(token) if declared.sha256 is not None else None
+        return None if known is None else max(known.length or 0, self._reserved.arrived(token))
 
     def one_shot(self, declared: Declared | None = None) -> Partial:
         """A partial of nobody else, for a body that is sent whole.
@@ -123,7 +125,7 @@ class Uploads:
     def create(self, declared: Declared, *, wait_s: float = WAIT_S) -> Upload:
         """Find the upload of this artifact or begin one, and take it over. Idempotent.
 
-        Raises `Busy` after ``wait_s``, `LengthMismatch`.
+        Raises `Busy` after ``wait_s``, and `LengthMismatch` where more has arrived than the length declared now.
         """
         token = self.token(declared)
         while True:
@@ -135,14 +137,9 @@ class Uploads:
                     durable.unlink_if_present(self._ended / f"{token}.json")
                     if known is None:
                         self._begin(token, declared, lock)
-                    upload = self._take(token, known or declared, lock, wait_s)
-                    if declared.length is not None:
-                        try:
-                            self.declare_length(upload, declared.length)
-                        except BaseException:
-                            upload.partial.close()
-                            raise
-                    return upload
+                    else:
+                        known = self._declare_again(token, known, declared, lock)
+                    return self._take(token, known or declared, lock, wait_s)
             except Gone:  # it ended between our open and our lock: begin anew
                 lock.close()
             except BaseException:
@@ -309,6 +306,22 @@ class Uploads:
         )  # makes all three names durable
         lock.write(State(boot=self._boot))
         self._reserved.note(token, declared)
+
+    def _declare_again(self, token: str, known: Declared, declared: Declared, lock: UploadLock) -> Declared:
+        """Under the lock: what is said of the artifact now is in force, and what is not said now stays.
+
+        Both are of the same artifact digest, so where they differ one is wrong. Were it the older one and stayed, the
+        artifact could not be sent for as long as its upload is kept. Raises `LengthMismatch` as `create`.
+        """
+        said = {name: value for name in declared.__struct_fields__ if (value := getattr(declared, name)) is not None}
+        again = msgspec.structs.replace(known, **said)
+        if again != known:
+            arrived = self._settle(token, lock).synced
+            if again.length is not None and again.length < arrived:
+                raise LengthMismatch(f"{arrived} bytes have arrived already")
+            durable.write_file(self._path(token, "json"), sealed.seal(msgspec.json.encode(again)))
+            self._reserved.note(token, again)
+        return again
 
     def _take(
         self,
