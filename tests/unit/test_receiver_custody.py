@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import pytest
@@ -231,7 +232,7 @@ def test_a_name_that_is_set_aside_while_another_is_published_is_free_for_it(stor
     declared = Declared(episode="e", sha256=hashlib.sha256(data).hexdigest(), length=len(data))
     receipt = store.receipt("e")
     assert receipt is not None
-    waiting = store._waiting_receipt("e", os.fstat(partial.fd).st_ino)
+    waiting = store._receipts.waiting("e", os.fstat(partial.fd).st_ino)
     prepared = Prepared(partial, declared, receipt, waiting)
     real = store._already
 
@@ -319,3 +320,49 @@ def test_the_pace_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(slept) == pytest.approx(2.0)
     Pace().wait(1 << 40, lambda: False)
     assert sum(slept) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("verify", ["content", "artifact"])
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_cut_artifact_has_rotted_whoever_asked_for_its_receipt_before(
+    tmp_path: Path, verify: Literal["content", "artifact"], asked: bool
+) -> None:
+    """A receipt that was made again from what is left would call it sound for ever."""
+    store = Store(ReceiverSettings(root=str(tmp_path / "root"), verify=verify))
+    data = keep(store)
+    written = (store.episodes / "e.receipt.json").read_bytes()
+    os.truncate(store.artifact_path("e"), len(data) // 2)
+    if asked:
+        for _ in range(2):
+            told = store.receipt("e")
+            assert told is not None
+            assert told.artifact.sha256 == hashlib.sha256(data[: len(data) // 2]).hexdigest()
+        store.mend()
+    assert (store.episodes / "e.receipt.json").read_bytes() == written
+    found = check(store)
+    assert found.verdict == "rotted"
+    assert found.receipt is not None
+    assert found.receipt.artifact.bytes == len(data)
+    assert store.receipt("e") is None
+    assert keep(store) == data
+
+
+def test_an_artifact_that_cannot_be_unpacked_and_lost_its_receipt_is_given_no_other(store: Store) -> None:
+    keep(store)
+    flip(store.artifact_path("e"), 1000)
+    (store.episodes / "e.receipt.json").unlink()
+    assert store.receipt("e") is not None
+    assert not (store.episodes / "e.receipt.json").exists()
+    assert check(store).verdict == "rotted"
+
+
+def test_what_was_only_doubtful_is_read_again_when_it_is_another(store: Store) -> None:
+    data = keep(store)
+    os.truncate(store.artifact_path("e"), 100)
+    doubtful = store.receipt("e")
+    assert doubtful is not None
+    assert doubtful.verified == "artifact"
+    store.artifact_path("e").write_bytes(data)
+    receipt = store.receipt("e")
+    assert receipt is not None
+    assert (receipt.artifact.bytes, receipt.verified) == (len(data), "content")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from receiver_process import make_artifact
 
 from fastship import durable
 from fastship.receiver.policy import answers
@@ -209,7 +210,7 @@ def test_a_one_shot_of_which_nothing_came_is_not_kept(uploads: Uploads) -> None:
 def test_an_artifact_that_cannot_be_read_stops_no_mending(tmp_path: Path) -> None:
     store = Store(ReceiverSettings(root=str(tmp_path / "root")))
     (store.root / "episodes" / "bad.tar.zst").mkdir()  # reading it is an error of the system
-    (store.root / "episodes" / "good.tar.zst").write_bytes(b"")
+    (store.root / "episodes" / "good.tar.zst").write_bytes(make_artifact("good"))
     stale = store.uploads.one_shot()
     stale.close()
     os.utime(stale.path, (0, 0))

@@ -22,7 +22,6 @@ import errno
 import hashlib
 import logging
 import os
-import re
 import secrets
 import socket
 import threading
@@ -31,7 +30,7 @@ from typing import Literal
 
 import msgspec
 
-from fastship import durable, pagecache, sealed
+from fastship import durable, pagecache
 from fastship.episode import (
     ARTIFACT_SUFFIX,
     Read,
@@ -46,13 +45,14 @@ from fastship.frames import Following, ReadAgain, verify_content
 from fastship.receiver.policy import answers
 from fastship.receiver.policy.answers import Answer
 from fastship.receiver.policy.decisions import Declared, compare
+from fastship.receiver.store.receipts import Receipts, encode
 from fastship.receiver.uploads.partial import Partial, Unsynced, begin_writeback, sync_data
 from fastship.receiver.uploads.uploads import Uploads
 from fastship.settings import ReceiverSettings
 
 _log = logging.getLogger("fastship.receiver")
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DOUBTFUL = 1000  # artifacts remembered so that not everyone who asks reads them
 _FOLLOWINGS = 4  # artifacts verified while they come, in a process; the others are when they are whole
 
 
@@ -77,7 +77,7 @@ class Prepared:
         # Nobody reads it before the artifact has its name, and it is synced before that.
         self.receipt_fd = os.open(waiting, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         try:
-            durable.write_all(self.receipt_fd, _encode(receipt))
+            durable.write_all(self.receipt_fd, encode(receipt))
         except BaseException:
             self.close(keep_partial=True)
             raise
@@ -114,7 +114,9 @@ class Store:
         self._max_ratio = settings.max_ratio
         self._reserve_bytes = settings.reserve_bytes
         self._name = socket.gethostname()
+        self._receipts = Receipts(self._episodes, self._uploads)
         self._recovering = threading.Lock()
+        self._doubtful: dict[str, tuple[tuple[int, int, int], Receipt]] = {}  # not as stored; when it was read so
         self._stopping = threading.Event()
         try:
             durable.make_directories([self.root])
@@ -146,22 +148,18 @@ class Store:
         """The receipt of a stored episode, None when it is not stored. Reads the artifact only after a crash."""
         if not self.artifact_path(episode).exists():
             return None
-        return self._read_receipt(episode) or self._recover(episode)
+        return self._receipts.read(episode) or self._recover(episode)
 
     def kept_receipt(self, episode: str, fd: int) -> Receipt | None:
         """The receipt of the artifact that is open as ``fd``, as it was written; None where it is lost or spoilt.
 
-        Afterwards the artifact is durable, so that a receipt may stand beside it.
+        It may be of more bytes, or fewer, than there are. Afterwards the artifact is durable, so that a receipt may
+        stand beside it.
         """
-        if not self._receipt_path(episode).exists():
+        if not self._receipts.path(episode).exists():
             self._sync_named(fd)
-        return self._place_receipt(episode, fd)
-
-    def _place_receipt(self, episode: str, fd: int) -> Receipt | None:
-        """The one that waits for this artifact, renamed into its place, or the one that is there."""
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self._waiting_receipt(episode, os.fstat(fd).st_ino), self._receipt_path(episode))
-        return self._read_receipt(episode)
+        self._receipts.place(episode, fd)
+        return self._receipts.written(episode)
 
     def renew_receipt(self, episode: str, found: ReadAgain) -> Receipt:
         """Write the receipt anew, of an artifact that was ``found`` so in its file. Durable."""
@@ -170,18 +168,18 @@ class Store:
             content = ReceivedContent(found.content.blake3, found.content.bytes, found.content.members)
         read = Read(artifact="file", content="file" if content is not None else None, at=now_wall())
         receipt = self._make_receipt(episode, found.sha256, found.bytes, content, read)
-        durable.write_file(self._receipt_path(episode), _encode(receipt))
+        self._receipts.write(receipt)
         return receipt
 
     def note_checked(self, episode: str, at_ns: int) -> None:
         """The modification time of a receipt says when its artifact was last read and found right. Not durable."""
         with contextlib.suppress(OSError):
-            os.utime(self._receipt_path(episode), ns=(at_ns, at_ns))
+            os.utime(self._receipts.path(episode), ns=(at_ns, at_ns))
 
     def checked_ns(self, episode: str) -> int:
         """When it was; 0 for an artifact without a receipt."""
         try:
-            return os.stat(self._receipt_path(episode)).st_mtime_ns
+            return os.stat(self._receipts.path(episode)).st_mtime_ns
         except FileNotFoundError:
             return 0
 
@@ -293,7 +291,7 @@ class Store:
             return first
         read = Read(artifact=read_from, content=content_from, at=now_wall())
         receipt = self._make_receipt(declared.episode, sha256, partial.offset, content, read)
-        waiting = self._waiting_receipt(declared.episode, os.fstat(partial.fd).st_ino)
+        waiting = self._receipts.waiting(declared.episode, os.fstat(partial.fd).st_ino)
         return Prepared(partial, declared, receipt, waiting)
 
     def begin_sync(self, prepared: Prepared) -> None:
@@ -333,7 +331,7 @@ class Store:
         """The receipt gets its place; the name that the artifact was received under goes."""
         durable.unlink_if_present(prepared.partial.path)
         with contextlib.suppress(FileNotFoundError):  # somebody who asked in between did it for us
-            os.rename(prepared.waiting, self._receipt_path(prepared.declared.episode))
+            os.rename(prepared.waiting, self._receipts.path(prepared.declared.episode))
 
     def _already(self, sha256: str, declared: Declared, content: ReceivedContent | None = None) -> Answer | None:
         stored = self.receipt(declared.episode)
@@ -414,15 +412,23 @@ class Store:
         )
 
     def _recover(self, episode: str) -> Receipt | None:
-        """The receipt of an artifact that has none: a crash came in between, or somebody put the file there."""
+        """The receipt of an artifact that has none: a crash came in between, or somebody put the file there.
+
+        What cannot be unpacked, or is another content than an unspoilt receipt says, was cut or rotted: a receipt of it
+        as it is now, beside it, would call it sound for ever. So that is only told, until somebody sets it aside.
+        """
         with self._recovering:
             try:
                 with open(self.artifact_path(episode), "rb") as file:
-                    size = os.fstat(file.fileno()).st_size
+                    status = os.fstat(file.fileno())
                     self._sync_named(file.fileno())
-                    receipt = self._place_receipt(episode, file.fileno())
+                    self._receipts.place(episode, file.fileno())
+                    receipt = self._receipts.read(episode)
                     if receipt is not None:
                         return receipt
+                    known, found = self._doubtful.get(episode, (None, None))
+                    if known == (status.st_ino, status.st_size, status.st_mtime_ns):
+                        return found
                     _log.warning("%s has no receipt: it is made again by reading the artifact", episode)
                     sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             except FileNotFoundError:
@@ -431,10 +437,20 @@ class Store:
             with contextlib.suppress(ArtifactError):
                 content, content_from = self._verify_content(self.artifact_path(episode), None)
             read = Read(artifact="file", content=content_from, at=now_wall())
-            if content is None and self._verify == "content":
-                _log.error("%s cannot be unpacked: fastship scrub sets it aside", self.artifact_path(episode))
-            receipt = self._make_receipt(episode, sha256, size, content, read)
-            durable.write_file(self._receipt_path(episode), _encode(receipt))
+            receipt = self._make_receipt(episode, sha256, status.st_size, content, read)
+            written = self._receipts.written(episode)
+            if written is None:
+                is_right = content is not None or self._verify != "content"
+            else:
+                is_right = content is not None and content == written.content
+            if is_right:
+                self._receipts.write(receipt)
+                return receipt
+            why = "cannot be unpacked" if written is None else "is not what its receipt says"
+            _log.error("%s %s: fastship scrub sets it aside", self.artifact_path(episode), why)
+            if len(self._doubtful) >= _DOUBTFUL:
+                self._doubtful.clear()
+            self._doubtful[episode] = (status.st_ino, status.st_size, status.st_mtime_ns), receipt
             return receipt
 
     def _sync_named(self, fd: int) -> None:
@@ -443,37 +459,10 @@ class Store:
         os.fsync(fd)
         durable.sync_directory(self._episodes)
 
-    def _read_receipt(self, episode: str) -> Receipt | None:
-        """None where there is none, or one that cannot be of the artifact beside it: a flipped bit of it would be told
-        to every client that asks."""
-        try:
-            compact = msgspec.json.format(self._receipt_path(episode).read_bytes(), indent=-1)
-            receipt = msgspec.json.decode(sealed.unseal(compact), type=Receipt)
-            size = os.stat(self.artifact_path(episode)).st_size
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            _log.warning("the receipt of %s cannot be read: %s", episode, error)
-            return None
-        if (receipt.episode, receipt.artifact.bytes) == (episode, size) and _SHA256.fullmatch(receipt.artifact.sha256):
-            return receipt
-        _log.warning("the receipt of %s is not one of the artifact beside it", episode)
-        return None
-
     def _drop_receipt_without_artifact(self, episode: str) -> None:
-        if self._receipt_path(episode).exists() and not self.artifact_path(episode).exists():
-            durable.unlink_if_present(self._receipt_path(episode))
+        if self._receipts.path(episode).exists() and not self.artifact_path(episode).exists():
+            durable.unlink_if_present(self._receipts.path(episode))
             durable.sync_directory(self._episodes)
-
-    def _receipt_path(self, episode: str) -> Path:
-        return self._episodes / f"{episode}.receipt.json"
-
-    def _waiting_receipt(self, episode: str, inode: int) -> Path:
-        return self._uploads / f"{episode}.{inode}.receipt"
-
-
-def _encode(receipt: Receipt) -> bytes:
-    return msgspec.json.format(sealed.seal(msgspec.json.encode(receipt)), indent=2) + b"\n"
 
 
 def _secret(root: Path) -> bytes:
