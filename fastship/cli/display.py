@@ -19,7 +19,6 @@ from fastship.status import DiskStatus, EpisodeProgress, EpisodeResult, HostStat
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-    from rich.live import Live
     from rich.text import Text
 
 _STYLES = {"shipped": "green", "conflict": "yellow", "quarantined": "red", "transient": "yellow"}
@@ -90,44 +89,80 @@ class NoDisplay:
         pass
 
 
-class LiveDisplay:
-    """The picture for a terminal: results scroll above, a header and one line for each episode under way below."""
+class _Picture:
+    """What is drawn in place on the terminal behind standard error. That may hang up: then nothing more is drawn, and
+    whoever works goes on. It is not tried again: rich keeps what it could not write, and all that comes after it.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         from rich.console import Console
         from rich.live import Live
 
-        self._console = console or Console(stderr=True, highlight=False)
-        self._live: Live = Live(console=self._console, auto_refresh=False, transient=True)
+        self.console = console or Console(stderr=True, highlight=False)
+        self._live: Live = Live(console=self.console, auto_refresh=False, transient=True)
+        self._drawing = False
+
+    def __enter__(self) -> _Picture:
+        with contextlib.suppress(OSError):
+            self._live.start()
+            self._drawing = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._drawing:
+            self._drawing = False
+            with contextlib.suppress(OSError):
+                self._live.stop()  # which also gives back ``sys.stderr``
+
+    def draw(self, picture: RenderableType) -> None:
+        """In place of what was drawn last."""
+        self._try(lambda: self._live.update(picture, refresh=True))
+
+    def say(self, line: Text) -> None:
+        """Above it, to stay."""
+        self._try(lambda: self.console.print(line, overflow="fold"))
+
+    def _try(self, step: Callable[[], None]) -> None:
+        if self._drawing:
+            try:
+                step()
+            except OSError:
+                self.__exit__()
+
+
+class LiveDisplay:
+    """The picture for a terminal: results scroll above, a header and one line for each episode under way below."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._shown = _Picture(console)
         self._new = NewResults()
         self._drawn_at = 0.0
 
     def __enter__(self) -> LiveDisplay:
-        self._live.start()
+        self._shown.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._live.stop()
+        self._shown.__exit__()
 
     def __call__(self, snapshot: Snapshot) -> None:
         from rich.text import Text
 
         results = self._new.of(snapshot)
         for result in results:
-            good = "\N{CHECK MARK}" if self._console.encoding.startswith("utf") else "+"
+            good = "\N{CHECK MARK}" if self._shown.console.encoding.startswith("utf") else "+"
             mark = good if result.outcome == "shipped" else "!"
-            line = Text.assemble((f"{mark} ", _STYLES.get(result.outcome, "")), result_line(result))
-            self._console.print(line, overflow="fold")
+            self._shown.say(Text.assemble((f"{mark} ", _STYLES.get(result.outcome, "")), result_line(result)))
         now = time.monotonic()
         if results or now - self._drawn_at >= _REDRAW_S:
             self._drawn_at = now
-            self._live.update(self._picture(snapshot), refresh=True)
+            self._shown.draw(self._picture(snapshot))
 
     def _picture(self, snapshot: Snapshot) -> RenderableType:
         from rich.console import Group
 
-        width = self._console.width
-        room = max(3, self._console.height - 5)
+        width = self._shown.console.width
+        room = max(3, self._shown.console.height - 5)
         lines = [_header(snapshot, width), *(_progress_line(one, width) for one in snapshot.progress[:room])]
         if len(snapshot.progress) > room:
             lines.append(_line(f"  and {len(snapshot.progress) - room} more", "dim"))
@@ -243,14 +278,9 @@ def byte_progress(title: str, total_bytes: int, *, quiet: bool) -> Iterator[Call
     if quiet or not sys.stderr.isatty():
         yield lambda _done: None
         return
-    from rich.console import Console
-    from rich.live import Live
-
     started = time.monotonic()
     drawn = started
-    console = Console(stderr=True, highlight=False)
-
-    with Live(console=console, auto_refresh=False, transient=True) as live:
+    with _Picture() as picture:
 
         def show(done_bytes: int) -> None:
             nonlocal drawn
@@ -267,9 +297,9 @@ def byte_progress(title: str, total_bytes: int, *, quiet: bool) -> Iterator[Call
                     total_bytes=total_bytes,
                     seconds=now - started,
                 ),
-                console.width,
+                picture.console.width,
             )
-            live.update(line, refresh=True)
+            picture.draw(line)
 
         yield show
 
@@ -283,17 +313,13 @@ def step_progress(*, quiet: bool) -> Iterator[Callable[[str], None]]:
     if quiet or not sys.stderr.isatty():
         yield lambda _step: None
         return
-    from rich.console import Console
-    from rich.live import Live
-
     started = time.monotonic()
-    console = Console(stderr=True, highlight=False)
-    with Live(console=console, auto_refresh=False, transient=True) as live:
+    with _Picture() as picture:
 
         def show(step: str) -> None:
             line = _line(f"measuring, {time.monotonic() - started:.0f} s: {printable(step)}", "dim")
-            line.truncate(console.width, overflow="ellipsis")
-            live.update(line, refresh=True)
+            line.truncate(picture.console.width, overflow="ellipsis")
+            picture.draw(line)
 
         yield show
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import sys
 
 import pytest
 from rich.console import Console
@@ -103,6 +105,34 @@ def test_the_live_picture_fits_any_width_and_shows_what_is_under_way(width: int)
         assert "52 %" in lines[1]
         assert "26.0 MB/s" in lines[1]
         assert "23 more" in lines[-1]
+
+
+@pytest.mark.parametrize("hangs_up", ["before", "while it is drawn on", "at the end"])
+def test_a_terminal_that_hangs_up_stops_nobody_and_is_not_written_for(hangs_up: str) -> None:
+    ours, theirs = os.openpty()
+    before = sys.stderr
+    with os.fdopen(theirs, "w") as terminal:
+        console = Console(file=terminal, force_terminal=True, width=80, height=12)
+        if hangs_up == "before":
+            os.close(ours)
+        with LiveDisplay(console) as display:
+            if hangs_up == "while it is drawn on":
+                display(snapshot())
+                os.close(ours)
+                for number in range(5):
+                    display(snapshot(recent=[shipped(f"ep-{number}")]))
+                kept = len(console._buffer)
+                for number in range(5, 10):
+                    display(snapshot(recent=[shipped(f"ep-{number}")]))
+                    print("a line of the log", file=sys.stderr)
+                assert len(console._buffer) == kept
+                assert sys.stderr is before
+            elif hangs_up == "at the end":
+                os.close(ours)
+        assert sys.stderr is before
+        with pytest.raises(OSError, match="Input/output error"):
+            terminal.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), terminal.fileno())  # to be closed without the same
 
 
 def test_the_time_left_is_shown_whole_or_not_at_all() -> None:
