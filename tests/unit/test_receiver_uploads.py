@@ -361,6 +361,21 @@ def test_tombstones_are_bounded(uploads: Uploads, monkeypatch: pytest.MonkeyPatc
     assert left == [False, False, True, True]
 
 
+def test_cancelling_takes_an_upload_with_the_tombstone_that_a_crash_left_beside_it(
+    uploads: Uploads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = uploads.create(declared(b"x" * 10))
+    with monkeypatch.context() as crash, upload.exclusive():
+        crash.setattr(uploads, "_remove", lambda _token: None)
+        uploads.end(upload, Answer(201, {}))
+    upload.close()
+    uploads.cancel(upload.token)
+    with pytest.raises(UnknownUpload):
+        uploads.look(upload.token)
+    with pytest.raises(UnknownUpload):
+        uploads.cancel(upload.token)
+
+
 def test_an_upload_is_its_owners(uploads: Uploads) -> None:
     mine = msgspec.structs.replace(declared(b"x" * 10), owner="name:a")
     token = uploads.token(mine)

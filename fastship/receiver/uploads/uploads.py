@@ -253,19 +253,18 @@ class Uploads:
         upload.ended = True
 
     def cancel(self, token: str, owner: str = "", *, wait_s: float = WAIT_S) -> None:
-        """Remove an upload or its tombstone; whoever writes stops. Raises `UnknownUpload`, `Busy`."""
+        """Remove an upload and its tombstone; whoever writes stops. Raises `UnknownUpload` for neither, `Busy`."""
+        removed = False
+        there = contextlib.suppress(UnknownUpload, Gone)
+        with there, contextlib.closing(self._open_lock(token)) as lock, lock.locked(wait_s):
+            if not _may(owner, getattr(self._read(token), "owner", "")):
+                raise UnknownUpload
+            self._remove(token)
+            removed = True
         if self.ended(token, owner) is not None and durable.unlink_if_present(self._ended / f"{token}.json"):
-            return
-        lock = self._open_lock(token)
-        try:
-            with lock.locked(wait_s):
-                if not _may(owner, getattr(self._read(token), "owner", "")):
-                    raise UnknownUpload
-                self._remove(token)
-        except Gone:
-            raise UnknownUpload from None
-        finally:
-            lock.close()
+            removed = True
+        if not removed:
+            raise UnknownUpload
 
     def ended(self, token: str, owner: str = "") -> Look | None:
         """The tombstone. Raises `UnknownUpload` for what cannot be a token."""
