@@ -140,10 +140,10 @@ class Worker:
         # A server that proves nothing may take an empty creation for the episode.
         self._stream_bytes = settings.upload.stream_bytes if settings.destination.proof == "receipt" else 0
         self._packer = threading.Thread(target=self._pack_all, name="pack", daemon=True)
+        self._packer.start()
 
     def run(self) -> int:
         """Until drained (0) or the supervisor is gone (1)."""
-        self._packer.start()
         self._channel.send(ipc.Ready())
         next_beat = 0.0
         while True:
@@ -268,11 +268,16 @@ class Worker:
         self._channel.send(PackFailed(episode, code, error, found))
 
     def _artifact_of(self, assignment: ipc.Assignment) -> tuple[Manifest, bool]:
-        """The artifact of an episode as it is now: the one in the outbox (True), or packed anew (False)."""
+        """The artifact of an episode as it is now: the one in the outbox (True), or packed anew (False).
+
+        One that was given up for its receipt's room has its manifest left: enough to ask for that receipt again.
+        """
         episode = assignment.episode
         directory = self._layout.episodes / episode
         _require_movable(directory, self._layout.shipped)
         manifest = self._outbox.find(episode)
+        if manifest is None and self._settings.destination.proof == "receipt":
+            manifest = self._outbox.find_given_up(episode)
         if manifest is not None and manifest.fingerprint == fingerprint(directory, owner=self._options.owner):
             _require_marker(directory)
             return manifest, True
@@ -356,8 +361,12 @@ class Worker:
         # Looking at an episode again takes as long as it has files: not on the thread that moves bytes.
         check = threading.Thread(target=self._answer, args=(episode, verdict), name="check", daemon=True)
         self._checks = [one for one in self._checks if one.is_alive()]
-        self._checks.append(check)
-        check.start()
+        try:
+            check.start()
+        except RuntimeError:  # the system has no thread for us: what is sent meanwhile waits
+            self._answer(episode, verdict)
+        else:
+            self._checks.append(check)
 
     def _answer(self, episode: str, verdict: Verdict) -> None:
         manifest = self._manifests.pop(episode)

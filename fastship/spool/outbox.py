@@ -123,13 +123,20 @@ class Outbox:
         """The manifest of an artifact that is there with the right size, else None."""
         try:
             size = os.stat(self._path(episode, ARTIFACT_SUFFIX)).st_size
+        except OSError:
+            return None
+        manifest = self._read_manifest(episode)
+        return manifest if manifest is not None and manifest.artifact_bytes == size else None
+
+    def _read_manifest(self, episode: str) -> Manifest | None:
+        try:
             manifest = msgspec.json.decode(sealed.unseal(self.manifest(episode).read_bytes()), type=Manifest)
         except sealed.Spoilt as error:
             log.warning("%s: %s; its artifact is packed again", self.manifest(episode), error)
             return None
         except (OSError, ValueError):
             return None
-        return manifest if manifest.episode == episode and manifest.artifact_bytes == size else None
+        return manifest if manifest.episode == episode else None
 
     def find(self, episode: str) -> Manifest | None:
         """As `peek`, and the artifact can be believed: written in this boot, or its SHA-256 is right. Reads it then."""
@@ -138,8 +145,26 @@ class Outbox:
             return manifest
         return manifest if is_intact(self.artifact(episode), manifest) else None
 
+    def give_up(self, episode: str) -> None:
+        """Remove all but the manifest: the receiver has the artifact, and a full disk needs the room for its receipt.
+
+        A crash before that is written, or a disk that stays full, leaves the manifest, by which the receiver is asked
+        again. Packed again it could be another artifact (``pack.level = "auto"``, or set otherwise since), and to a
+        receiver that compares no more than artifacts a conflict.
+        """
+        for suffix in (ARTIFACT_SUFFIX, PARTIAL_SUFFIX, UPLOAD_SUFFIX):
+            durable.unlink_if_present(self._path(episode, suffix))
+
+    def find_given_up(self, episode: str) -> Manifest | None:
+        """The manifest that `give_up` left. A partial beside it is of a packing that came later, or of its own."""
+        if os.path.lexists(self._path(episode, ARTIFACT_SUFFIX)) or os.path.lexists(
+            self._path(episode, PARTIAL_SUFFIX)
+        ):
+            return None
+        return self._read_manifest(episode)
+
     def remove(self, episode: str) -> None:
-        """Remove all files of an episode, the artifact first: a manifest alone means nothing. May be repeated."""
+        """Remove all files of an episode, the artifact first: a manifest alone is only asked about. May be repeated."""
         for suffix in (ARTIFACT_SUFFIX, PARTIAL_SUFFIX, MANIFEST_SUFFIX, UPLOAD_SUFFIX):
             durable.unlink_if_present(self._path(episode, suffix))
 

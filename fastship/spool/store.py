@@ -173,8 +173,9 @@ class Spool:
         Returns those that could not be moved, with the reason; they stay as they are.
 
         A full disk has no room for a receipt, and for as long as none is written nothing leaves the outbox. So the
-        artifacts go first then: each is proven to be at the receiver, and can be packed again. The episodes stay until
-        their receipts are durable. Raises ``OSError`` where those cannot be written for all that.
+        artifacts go first then: each is proven to be at the receiver, which can be asked again by the manifests that
+        stay. The episodes stay until their receipts are durable. Raises ``OSError`` where those cannot be written for
+        all that.
         """
         batch = list(retirements)
         if not batch:
@@ -191,7 +192,7 @@ class Spool:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             for episode, _, _ in batch:
-                self.outbox.remove(episode)
+                self.outbox.give_up(episode)
             durable.append_lines(journal, lines)
         failed: dict[str, OSError] = {}
         episodes, shipped = os.path.join(self.paths.episodes, ""), os.path.join(self.paths.shipped, "")

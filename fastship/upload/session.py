@@ -307,6 +307,9 @@ class Session:
             step = passage.course.send(result)
             match step:
                 case Request():
+                    if passage.fd < 0 and step.body is not None and step.body.length_bytes:
+                        self._finish(passage, verdict_of_fault(Fault(FaultKind.ARTIFACT, f"{passage.path} is gone")))
+                        return
                     passage.sending_bytes = step.body.length_bytes if step.body else 0
                     passage.sending_since = time.monotonic()
                     if step.body is not None:
@@ -442,13 +445,18 @@ class _Passage:
         return growth.bytes >= self.awaited_bytes or growth.manifest is not None or growth.dropped
 
     def open(self) -> Fault | None:
-        """Open the artifact's file, and see that it is as long as it should be before anything is promised."""
+        """Open the artifact's file, and see that it is as long as it should be before anything is promised.
+
+        One that is gone is asked for all the same, where it is not the first attempt.
+        """
         manifest = self.growth.manifest
         try:
             if self.fd < 0:
                 self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             size = os.fstat(self.fd).st_size
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and not self.first_attempt:
+                return None  # the receiver may have all of it (`Outbox.give_up`)
             return Fault(FaultKind.ARTIFACT, f"{self.path}: {error.strerror}")
         if manifest is not None and size != manifest.artifact_bytes:
             return Fault(

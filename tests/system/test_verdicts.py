@@ -5,6 +5,8 @@ Outages with a queue are in tests/crash/test_outage.py.
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -17,6 +19,7 @@ import pytest
 from lab import COMMIT, STORE, Daemon, Destination, Lab, Receiver, Reply, Sections, fastship, tree, wait_until
 from structlog.testing import capture_logs
 
+from fastship import durable
 from fastship.errors import UsageError
 from fastship.shipper import operate
 
@@ -245,6 +248,29 @@ def test_a_receipt_that_cannot_be_kept_retires_nothing(lab: Lab, destination: De
 
 
 # --- the real receiver -------------------------------------------------------------------------------------------
+
+
+def test_an_artifact_given_up_for_its_receipt_is_asked_for_and_not_packed_again(
+    make_lab: Callable[..., Lab], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other bytes would be another artifact, and a conflict, where the receiver verifies no more than that."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    receiver = Receiver(tmp_path / "store", "--set", "receiver.verify=artifact")
+    try:
+        lab = make_lab(receiver.url)
+        lab.episode()
+        with monkeypatch.context() as disk:
+            disk.setattr(durable, "append_lines", full)
+            assert lab.once({"pack": {"level": 3}}).transient_failures == 1
+        assert (lab.names("episodes"), lab.names("outbox")) == (["ep1"], ["ep1.manifest.json"])
+        result = lab.once({"pack": {"level": 19}})
+    finally:
+        receiver.close()
+    assert (result.shipped, result.conflicts) == (1, 0)
+    assert (lab.names("shipped"), lab.names("outbox")) == (["ep1"], [])
 
 
 @pytest.fixture(scope="module")

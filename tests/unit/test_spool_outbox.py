@@ -141,6 +141,18 @@ def test_is_intact(tmp_path: Path) -> None:
     assert not is_intact(tmp_path, manifest)
 
 
+def test_what_was_given_up_for_room_leaves_its_manifest(spool: Spool) -> None:
+    manifest = put_artifact(spool, "ep", b"data")
+    assert spool.outbox.find_given_up("ep") is None
+    spool.outbox.note_upload("ep", "http://upload", "here")
+    spool.outbox.give_up("ep")
+    assert os.listdir(spool.paths.outbox) == ["ep.manifest.json"]
+    assert spool.outbox.find("ep") is None
+    assert spool.outbox.find_given_up("ep") == manifest
+    with spool.outbox.begin("ep"):  # it is packed again
+        assert spool.outbox.find_given_up("ep") is None
+
+
 def test_removing_takes_all_of_one_and_may_be_repeated(spool: Spool) -> None:
     for name in ("ep", "ep.tar", "ep-2"):
         put_artifact(spool, name)

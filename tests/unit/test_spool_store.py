@@ -217,7 +217,7 @@ def test_on_a_full_disk_artifacts_make_room_for_their_receipts(
     append = durable.append_lines
 
     def full(path: Path, lines: list[bytes]) -> None:
-        if stays_full or os.listdir(spool.paths.outbox):
+        if stays_full or spool.outbox.artifact("ep").exists():
             raise OSError(errno.ENOSPC, "No space left on device")
         append(path, lines)
 
@@ -227,9 +227,11 @@ def test_on_a_full_disk_artifacts_make_room_for_their_receipts(
             spool.retire([("ep", receipt_of(manifest), manifest)])
         assert os.listdir(spool.paths.episodes) == ["ep"]
         assert os.listdir(spool.paths.shipped) == []
+        assert spool.outbox.find_given_up("ep") == manifest
     else:
         assert spool.retire([("ep", receipt_of(manifest), manifest)]) == {}
         assert os.listdir(spool.paths.shipped) == ["ep"]
+        assert os.listdir(spool.paths.outbox) == []
         assert len(list(journal_lines(spool))) == 1
 
 

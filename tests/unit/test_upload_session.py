@@ -56,6 +56,19 @@ def test_an_artifact_that_is_missing_or_of_another_size_is_packed_again(small: A
     assert server.heads == []
 
 
+@pytest.mark.parametrize("stored", [True, False])
+def test_an_artifact_that_was_given_up_is_asked_for_and_not_sent(small: Artifact, stored: bool) -> None:
+    keeper = Keeper(small)
+    if stored:
+        with Server(keeper) as server:
+            assert ship(small, to(server), UPLOAD).outcome is Outcome.SHIPPED
+    small.path.unlink()
+    with Server(keeper) as server:
+        verdict = ship(small, to(server), UPLOAD, first_attempt=False)
+    assert verdict.outcome is (Outcome.SHIPPED if stored else Outcome.DAMAGED)
+    assert [head.method for head in server.heads] == ["PUT"]
+
+
 def test_an_artifact_that_shrinks_while_it_is_sent_is_packed_again(large: Artifact) -> None:
     def shrink(peer: Peer, head: Head) -> None:
         os.truncate(large.path, 1000)

@@ -5,9 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import msgspec
 import pytest
+from sample import manifest_of, shipped
+
+from fastship import ipc
+from fastship.lifecycle.events import Answered
+from fastship.settings import Settings
+from fastship.worker import GLANCE_MEMBERS, Worker, _Progress
 
 SCRIPT = """
 import os, sys
@@ -64,3 +72,24 @@ def test_what_could_not_be_retired_is_known_before(
     assert told.split(" | ")[0] == ("may" if moved else "may not")
     assert (happened == "did") == moved
     assert moved or "owner" in told.split(" | ")[2]
+
+
+def test_where_no_thread_can_be_started_a_verdict_is_told_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings.load(values={"spool": {"root": str(tmp_path)}, "destination": {"url": "http://127.0.0.1:9"}})
+    ours, theirs = ipc.pair()
+    worker = Worker(ipc.WorkerEnd(theirs), ipc.Welcome(1, settings, 1))
+    manifest = msgspec.structs.replace(manifest_of("ep"), members=GLANCE_MEMBERS + 1)
+    worker._manifests["ep"], worker._under_way["ep"] = manifest, _Progress()
+
+    def refused(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    worker._judged("ep", shipped(manifest))
+    assert ours.receive() == Answered("ep", shipped(manifest), manifest, unchanged=False)
+    worker._drain()
+    worker._session.close()
+    ours.close()
+    theirs.close()
