@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import socket
+import stat
 import subprocess
 import sys
 import tarfile
@@ -95,7 +96,8 @@ def test_tarfile_restores_it(episode: Path, tmp_path: Path, snapshot: Look) -> N
         assert {(info.uname, info.gname) for info in tar.getmembers()} == {("", "")}
         tar.extractall(tmp_path / "out", numeric_owner=True, filter="fully_trusted")
     restored, expected = snapshot(tmp_path / "out" / "ep-1"), snapshot(episode)
-    restored[b"symlink"] = expected[b"symlink"]  # tarfile leaves the mtime of symlinks
+    for look in (restored, expected):  # tarfile leaves the mtime of symlinks
+        look.update({name: (*of[:3], *of[4:]) for name, of in look.items() if stat.S_ISLNK(int(str(of[0])))})
     assert restored == expected
 
 
