@@ -1,15 +1,17 @@
 """Is everything that was retired still at the receiver? Its word now, beside its receipt of then and the copy here.
 
 What always holds: looking changes nothing here; an episode counts as equal only when the receiver has just read its
-artifact again and its content is what the receipt in ``receipts/`` says. A receiver that finds its copy rotten sets it
-aside, so that the episode can be shipped again from its copy in ``shipped/``, if that is what was shipped.
+artifact again and its content is what the receipt in ``receipts/`` says, or when the artifact was just fetched from
+there and is so. A receiver that finds its copy rotten sets it aside, so that the episode can be shipped again from its
+copy in ``shipped/``, if that is what was shipped; at a plain server what is shipped again takes the place of it.
 
 Imports ``spool``, ``pack``, ``upload`` and ``settings``; the command line imports it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Generator, Iterable
 from typing import Literal
 
 import msgspec
@@ -19,7 +21,7 @@ from fastship.errors import PackError, UsageError
 from fastship.pack import digest_content
 from fastship.settings import Settings
 from fastship.spool import Journal, Spool
-from fastship.upload import Reread, reread
+from fastship.upload import Reread, Wanted, download, reread
 
 State = Literal["equal", "missing", "rotted", "differs", "unknown", "local-differs"]
 
@@ -69,24 +71,40 @@ class Ledger:
                     remedy="name an episode that was shipped from here, or ask for --all",
                 )
 
-    def check(self, episodes: Iterable[str], *, local: bool) -> Iterator[Checked]:
+    def check(self, episodes: Iterable[str], *, local: bool, fetch: bool = False) -> Generator[Checked, None, None]:
         """Ask the receiver about each, as it answers. Raises `DestinationError`.
 
         ``local``: read the copies in ``shipped/``, too; those of what the receiver lost are read in any case.
+        ``fetch``: instead of asking the receiver to read, download what it has and look at that here.
         """
-        for found in reread(episodes, self._settings.destination, self._settings.upload):
-            yield self._compare(found, local=local)
+        destination, upload = self._settings.destination, self._settings.upload
+        if fetch:
+            all_found = download(map(self._wanted, episodes), destination, upload)
+        else:
+            all_found = reread(episodes, destination, upload)
+        with contextlib.closing(all_found):
+            for found in all_found:
+                yield self._compare(found, local=local)
+
+    def _wanted(self, episode: str) -> Wanted:
+        line = self._journal.find(episode)
+        if line is None:
+            return Wanted(episode=episode)
+        artifact = line.receipt.artifact
+        return Wanted(episode=episode, artifact_sha256=artifact.sha256, artifact_bytes=artifact.bytes)
 
     def _compare(self, found: Reread, *, local: bool) -> Checked:
         line = self._journal.find(found.episode)
         receipt = line.receipt if line is not None else None
         state, error = _judge(found, receipt)
         content = receipt.content.blake3 if receipt is not None and receipt.content is not None else None
-        if state == "equal":
+        if state == "equal" or (receipt is None and found.verdict == "sound"):
             content = content or found.content_blake3
         copy, copy_error = None, ""
         if local or state != "equal":
             copy, copy_error = self._find_copy(found.episode, content, line.fingerprint if line is not None else "")
+        if state == "unknown" and receipt is None and found.verdict == "sound" and copy is not None:
+            state, error = "equal", ""  # by its copy here
         if state == "equal" and local and copy is None and self._spool.shelf.names_of(found.episode):
             state, error = "local-differs", f"it is right at the receiver, but {copy_error}"
         return Checked(
@@ -135,6 +153,8 @@ def _judge(found: Reread, receipt: Receipt | None) -> tuple[State, str]:
         return "rotted", f"it rotted at the receiver: {found.error}{place}"
     if found.verdict not in ("sound", "mended"):
         return "unknown", f"the receiver cannot tell: {found.error}"
+    if receipt is None and found.read_from == "download":
+        return "unknown", f"its receipt here is lost; what is there is whole, with BLAKE3 {found.content_blake3}"
     if receipt is None:
         return "equal", ""  # its receipt here is lost: the receiver's own is all there is
     if receipt.content is not None and found.content_blake3 is not None:

@@ -8,6 +8,7 @@ Imports ``custody``, ``shipper`` and ``receiver`` when a command runs; only ``cl
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -23,6 +24,7 @@ from fastship.errors import EXIT_DIFFERS, EXIT_OK, FastshipError, UsageError
 @click.command(short_help="Ask the receiver to read again what was shipped.")
 @click.argument("episodes", metavar="[EPISODE]...", nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="Every episode that has a receipt in this spool.")
+@click.option("--download", is_flag=True, help="Fetch it and look at it here, from servers that cannot read again.")
 @click.option("--local", is_flag=True, help="Read the copies in shipped/, too.")
 @click.option("--reship", is_flag=True, help="Ship again, from shipped/, what the receiver has lost.")
 @json_option
@@ -33,6 +35,7 @@ def verify(
     source: SettingsSource,
     episodes: tuple[str, ...],
     everything: bool,
+    download: bool,
     local: bool,
     reship: bool,
     as_json: bool,
@@ -40,6 +43,9 @@ def verify(
     """Have the receiver read EPISODE again, and compare with its receipt. Exit 1 when one is missing or not the same.
 
     What has rotted at the receiver it sets aside; --reship puts the copy in shipped/ back, to be shipped again.
+
+    A server that is not fastship's receiver cannot read again: with --download what it has is fetched and digested
+    here, within upload.bandwidth, and not kept.
     """
     if everything == bool(episodes):
         raise UsageError("name some episodes, or --all", remedy="fastship verify --all")
@@ -52,36 +58,41 @@ def verify(
     logs.configure(msgspec.structs.replace(settings.log, level="error"))
     ledger = Ledger(settings)
     ledger.require(episodes)
-    counts = {"equal": 0, "not_equal": 0, "reshipped": 0, "read_from_disk": 0}
+    counts = {"equal": 0, "not_equal": 0, "reshipped": 0, "read_from_disk": 0, "downloaded_bytes": 0}
     told = []
-    for one in ledger.check(ledger.episodes() if everything else dict.fromkeys(episodes), local=local):
-        counts["read_from_disk"] += one.found.read_from == "disk"
-        if one.state == "equal":
-            counts["equal"] += 1
-            if as_json and not everything:
-                told.append({"checked": one, "reship": ""})
-            continue
-        counts["not_equal"] += 1
-        again = ""
-        if reship and one.state in ("missing", "rotted"):
-            if one.copy is not None:
-                try:
-                    again = operate(settings, "reship", one.copy)
-                    counts["reshipped"] += 1
-                except FastshipError as error:
-                    again = f"it cannot be shipped again: {error.message}"
+    asked = ledger.episodes() if everything else dict.fromkeys(episodes)
+    with contextlib.closing(ledger.check(asked, local=local, fetch=download)) as checked:
+        for one in checked:
+            counts["read_from_disk"] += one.found.read_from == "disk"
+            counts["downloaded_bytes"] += one.found.artifact_bytes if download else 0
+            if one.state == "equal":
+                counts["equal"] += 1
+                if as_json and not everything:
+                    told.append({"checked": one, "reship": ""})
+                continue
+            counts["not_equal"] += 1
+            again = ""
+            if reship and one.state in ("missing", "rotted"):
+                if one.copy is not None:
+                    try:
+                        again = operate(settings, "reship", one.copy)
+                        counts["reshipped"] += 1
+                    except FastshipError as error:
+                        again = f"it cannot be shipped again: {error.message}"
+                else:
+                    again = f"it cannot be shipped again: {one.copy_error}"
+            if as_json:
+                told.append({"checked": one, "reship": again})
             else:
-                again = f"it cannot be shipped again: {one.copy_error}"
-        if as_json:
-            told.append({"checked": one, "reship": again})
-        else:
-            write_line(printable(f"{one.episode}: {one.error}" + (f"; {again}" if again else "")))
+                write_line(printable(f"{one.episode}: {one.error}" + (f"; {again}" if again else "")))
     for line in ledger.spoilt:
         click.echo(f"fastship: receipts/{printable(line)}, cannot be read: of what it told, nothing is known", err=True)
     if as_json:
         write_json({**counts, "spoilt_receipts": ledger.spoilt, "episodes": told})
     elif not invocation.quiet:
-        summary = f"{counts['equal']} equal, {counts['not_equal']} not; {counts['read_from_disk']} read from the disk"
+        by_disk, by_line = counts["read_from_disk"], format_bytes(counts["downloaded_bytes"])
+        how = f"{by_line} downloaded" if download else f"{by_disk} read from the disk"
+        summary = f"{counts['equal']} equal, {counts['not_equal']} not; {how}"
         write_line(summary + (f", {counts['reshipped']} to be shipped again" if reship else ""))
     return EXIT_DIFFERS if counts["not_equal"] or ledger.spoilt else EXIT_OK
 

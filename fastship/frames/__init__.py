@@ -4,6 +4,7 @@ The only package that imports zstandard; it imports nothing of fastship but ``er
 worker and the command line import what stands in ``__all__``.
 """
 
+from fastship.frames.arriving import ArrivingContent
 from fastship.frames.compress import FramePool, FrameStream, LevelChoice
 from fastship.frames.following import Following
 from fastship.frames.index import Kind, Member
@@ -15,6 +16,7 @@ from fastship.frames.verify import Bomb, ReadAgain, VerifiedContent, read_again,
 from fastship.frames.writer import ArtifactWriter
 
 __all__ = [
+    "ArrivingContent",
     "ArtifactReader",
     "ArtifactWriter",
     "Bomb",

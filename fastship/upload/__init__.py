@@ -8,7 +8,7 @@ the receiver made durable is not sent again.
 - `native` is the dialect of fastship's own receiver, `streaming` its way to send an artifact while it is packed; a
   further dialect is one more such module
 - `verdict` is the table of what each answer and fault means
-- `verification` asks the receiver to read again what it stored
+- `verification` asks the receiver to read again what it stored; `download` fetches that, and looks at it here
 - `probe` measures how fast the destination takes bytes, and leaves nothing there
 - `session` carries several artifacts at once in one thread; `curl` alone talks to the network, `meter` measures it
 
@@ -22,6 +22,7 @@ import queue
 from fastship.episode import Verdict
 from fastship.settings import DestinationSettings, UploadSettings
 from fastship.upload.course import Artifact, Growing
+from fastship.upload.download import Wanted, download
 from fastship.upload.probe import LinkSpeed, LinkUnknown, measure_link
 from fastship.upload.session import OnProgress, OnVerdict, Session
 from fastship.upload.verification import Reread, reread
@@ -35,6 +36,8 @@ __all__ = [
     "OnVerdict",
     "Reread",
     "Session",
+    "Wanted",
+    "download",
     "measure_link",
     "reread",
     "ship",

@@ -1,4 +1,4 @@
-"""A token bucket for bytes: how much may be sent now, and when some may be again.
+"""A token bucket for bytes: how much may be moved now, and when some may be again.
 
 What always holds: over any stretch of time no more than ``rate x seconds + burst`` bytes are granted. Reads no
 clock; the caller passes a monotonic one's time. Not thread-safe: it belongs to the session's thread.
@@ -41,6 +41,13 @@ class Bandwidth:
         granted = min(wanted_bytes, int(self._level))
         self._level -= granted
         return granted
+
+    def take_whole(self, count_bytes: int, now: float) -> bool:
+        """Whether so many may move now, all of them: at most `BURST_MIN_BYTES` / 2, which a bucket half full has."""
+        if self._rate and self.ready_in_s(now) > 0:
+            return False
+        self._level -= count_bytes
+        return True
 
     def ready_in_s(self, now: float) -> float:
         """Seconds until the bucket is half full; 0: now. Half makes few, even pieces and forgives a late wake-up."""

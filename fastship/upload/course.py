@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Generator
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import msgspec
 
@@ -73,6 +73,19 @@ class Answer(msgspec.Struct, frozen=True):
     def text(self) -> str:
         """The body for people: whatever bytes it has, never an exception."""
         return self.body[:BODY_LIMIT_BYTES].decode("utf-8", errors="replace")
+
+
+class Taker(Protocol):
+    """Who wants the body of an answer, however long it is, as it comes. Called in the thread that moves the bytes."""
+
+    def begin(self, answer: Answer) -> bool:
+        """The final answer's status and fields are there: whether its body is to come here, and not into the `Answer`.
+
+        A request that libcurl repeats by itself has had no answer. Must not raise, nor must `take`.
+        """
+
+    def take(self, piece: bytes) -> None:
+        """The next bytes of it, up to 16 KiB."""
 
 
 class FaultKind(enum.StrEnum):

@@ -38,7 +38,7 @@ import pycurl
 from fastship import __version__
 from fastship.settings import DestinationSettings, UploadSettings
 from fastship.upload.bandwidth import Bandwidth
-from fastship.upload.course import BODY_LIMIT_BYTES, Answer, Fault, FaultKind, Request
+from fastship.upload.course import BODY_LIMIT_BYTES, Answer, Fault, FaultKind, Request, Taker
 from fastship.upload.token import Token
 
 READ_BYTES = 256 << 10
@@ -100,13 +100,16 @@ class Transfers(Generic[Key]):
         self._idle: list[Any] = []  # easy handles to use again
         self._ended: list[Ended[Key]] = []  # without libcurl, to be told by the next poll
 
-    def start(self, key: Key, request: Request, artifact_fd: int) -> None:
+    def start(self, key: Key, request: Request, artifact_fd: int, taker: Taker | None = None) -> None:
         """Begin a request; `poll` tells its end. ``artifact_fd`` stays the caller's and open until then.
 
-        Raises nothing for settings that cannot be used: that is a `Fault` of the next poll.
+        ``taker`` may have the answer's body, at the pace of the bandwidth limit. Raises nothing for settings that
+        cannot be used: that is a `Fault` of the next poll.
         """
         easy = self._idle.pop() if self._idle else pycurl.Curl()
-        transfer = _Transfer(easy, request, artifact_fd, self._buffer, self._bandwidth, self._upload.stall_timeout_s)
+        transfer = _Transfer(
+            easy, request, artifact_fd, self._buffer, self._bandwidth, self._upload.stall_timeout_s, taker
+        )
         try:
             transfer.configure(self._destination, self._upload, self._agent, self._token.read())
             self._multi.add_handle(easy)
@@ -257,6 +260,7 @@ class _Transfer:
         buffer: memoryview,
         bandwidth: Bandwidth,
         stall_timeout_s: float,
+        taker: Taker | None,
     ) -> None:
         self.easy = easy
         self._request = request
@@ -264,6 +268,8 @@ class _Transfer:
         self._buffer = buffer
         self._bandwidth = bandwidth
         self._stall_timeout_s = stall_timeout_s
+        self._taker = taker
+        self._taken: bool | None = None  # whether it has the body; None: it was not asked yet
         self._start = request.body.offset if request.body else 0
         self._end = self._start + (request.body.length_bytes if request.body else 0)
         self._position = self._start
@@ -272,7 +278,8 @@ class _Transfer:
         self._token = ""
         self.paused = False
         self.paused_at = 0.0
-        self._head: list[bytes] = []  # field lines of the answer being read
+        self._status = 0  # of the answer being read
+        self._head: list[bytes] = []  # its field lines
         self._head_whole = False
         self._body = bytearray()
         self._body_bytes = 0
@@ -302,7 +309,7 @@ class _Transfer:
         if token:
             fields.append(f"Authorization: Bearer {token}")
         if self._request.body is None:
-            set_option(pycurl.NOBODY, 1)
+            set_option(pycurl.NOBODY, 0 if self._taker else 1)
         else:
             length = self._request.body.length_bytes
             set_option(pycurl.UPLOAD, 1)
@@ -343,7 +350,7 @@ class _Transfer:
         return max(0, self.sent_bytes() - self._unacknowledged_bytes())
 
     def resume(self, now: float) -> None:
-        """Read on after the bandwidth limit held it; the time it was held is no stall."""
+        """Go on after the bandwidth limit held it; the time it was held is no stall."""
         self.paused = False
         self._moved_at = now
         self._plan_look(now)
@@ -352,14 +359,14 @@ class _Transfer:
     def look(self, now: float) -> str:
         """What to say if no byte has moved for too long; ``""`` and the time of the next look if all is well."""
         # Bytes of the answer do not count, where not asked for: it is short, and one that trickles would never end.
-        answered_bytes = self._body_bytes if self._request.alive else 0
+        answered_bytes = self._body_bytes if self._request.alive or self._taken else 0
         moved = (self.sent_bytes() + answered_bytes, self._unacknowledged_bytes())
         if moved != self._moved or self.paused:
             self._moved = moved
             self._moved_at = now
         still_s = now - self._moved_at
         if still_s >= self._limit_s():
-            if self._all_handed_over():
+            if self._all_handed_over() and not self._taken:
                 return f"no answer within {still_s:.0f} s of the last byte"
             return f"no byte moved for {still_s:.0f} s"
         self._plan_look(now)
@@ -369,7 +376,7 @@ class _Transfer:
         return self._position >= self._end
 
     def _limit_s(self) -> float:
-        return self._request.answer_timeout_s if self._all_handed_over() else self._stall_timeout_s
+        return self._stall_timeout_s if self._taken or not self._all_handed_over() else self._request.answer_timeout_s
 
     def _plan_look(self, now: float) -> None:
         # The shorter limit, because a transfer may go over from one to the other at any time.
@@ -420,34 +427,54 @@ class _Transfer:
         if line.startswith(b"HTTP/"):  # what came before was interim (RFC 9110, 15.2) or a proxy's
             self._head = []
             self._head_whole = False
+            number = line[:16].split(b" ")[1:2]  # libcurl tells it only when no callback of it runs
+            self._status = int(number[0]) if number and number[0].strip().isdigit() else 0
         elif line in (b"\r\n", b"\n"):
             self._head_whole = True
         elif not self._head_whole:  # else a trailer, which nothing of ours reads
             self._head.append(line)
 
     def _on_body(self, piece: bytes) -> int | None:
+        if self._is_taken():
+            now = time.monotonic()
+            if not self._bandwidth.take_whole(len(piece), now):
+                self.paused, self.paused_at = True, now
+                return int(pycurl.WRITEFUNC_PAUSE)  # the same piece comes again
+            self._body_bytes += len(piece)
+            assert self._taker is not None
+            self._taker.take(piece)
+            return None
         self._body_bytes += len(piece)
         self._body += piece[: BODY_LIMIT_BYTES - len(self._body)]
         return None if self._body_bytes <= ANSWER_LIMIT_BYTES else -1
 
-    def answer(self) -> Answer | Fault:
-        status = int(self.easy.getinfo(pycurl.RESPONSE_CODE))
-        if not self._head_whole or status < 200:
-            return Fault(FaultKind.NETWORK, "the connection was cut within the fields of the answer")
+    def _is_taken(self) -> bool:
+        if self._taken is None:
+            self._taken = self._taker is not None and self._taker.begin(Answer(self._status, self._fields()))
+        return self._taken
+
+    def _fields(self) -> dict[str, str]:
         fields: dict[str, str] = {}
         for line in self._head:
             name, _, value = line.decode("iso-8859-1").partition(":")
             name, value = name.strip().lower(), value.strip()
             fields[name] = f"{fields[name]}, {value}" if name in fields else value
+        return fields
+
+    def answer(self) -> Answer | Fault:
+        status = int(self.easy.getinfo(pycurl.RESPONSE_CODE))
+        if not self._head_whole or status < 200:
+            return Fault(FaultKind.NETWORK, "the connection was cut within the fields of the answer")
+        self._is_taken()  # where nothing came of the body there was none
         body = bytes(self._body)
         if status >= 300 and len(self._token) >= TOKEN_SECRET_CHARACTERS:  # what is kept and logged, never a receipt
             body = body.replace(self._token.encode("ascii"), b"(the token)")
-        return Answer(status, fields, body)
+        return Answer(status, self._fields(), body)
 
     def fault(self, code: int, message: str) -> Fault:
         if self._artifact_error:
             return Fault(FaultKind.ARTIFACT, self._artifact_error)
-        if self._body_bytes > ANSWER_LIMIT_BYTES:
+        if self._body_bytes > ANSWER_LIMIT_BYTES and not self._taken:
             return Fault(FaultKind.NETWORK, f"the answer's body goes on for more than {ANSWER_LIMIT_BYTES} bytes")
         if code == pycurl.E_UNSUPPORTED_PROTOCOL and self.easy.getinfo(pycurl.PRIMARY_IP):  # said after connecting
             return Fault(FaultKind.SETTINGS, f"what answers there is not HTTP, see destination.url: {message}")

@@ -1,16 +1,22 @@
-"""Is it still there? ``fastship verify`` on the host, a receiver whose disk rots, and the way back."""
+"""Is it still there? ``fastship verify`` on the host, a receiver or plain server whose disk rots, and the way back."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from lab import Daemon, Destination, Lab, Receiver, Reply, fastship, noise, read_back, tree, wait_until
+from lab import Command, Daemon, Destination, Lab, Receiver, Reply, fastship, noise, read_back, tree, wait_until
+from relay import Relay
+from scripted_server import Head, Peer, Server
+
+from bench.servers import Nginx, ServerMissing
 
 MakeLab = Callable[..., Lab]
 
@@ -209,3 +215,134 @@ def test_without_a_spool_nothing_is_made(make_lab: MakeLab, destination: Destina
     assert (ran.code, ran.out) == (2, "")
     assert "is not a spool yet" in ran.err
     assert os.listdir(lab.root) == ["episodes"]
+
+
+# --- plain servers -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nginx(tmp_path: Path) -> Iterator[Nginx]:
+    try:
+        server = Nginx(tmp_path / "nginx")
+    except ServerMissing:
+        pytest.skip("no nginx here")
+    with server:
+        yield server
+
+
+def stored_at(nginx: Nginx, episode: str) -> Path:
+    return nginx.store / "v1" / "episodes" / episode
+
+
+@pytest.fixture
+def plain(make_lab: MakeLab, nginx: Nginx) -> Lab:
+    """A spool that ships to nginx."""
+    return make_lab(nginx.url, destination={"proof": "status"}, upload={"retries": 2, "retry_min_s": "10ms"})
+
+
+def test_what_a_plain_server_has_is_fetched_and_looked_at(plain: Lab, nginx: Nginx) -> None:
+    ship(plain, "ep1", "ep2", "ep3")
+    asked = run(plain, "verify", "--all")
+    assert asked.code == 4
+    assert "fastship verify --download" in asked.err
+    ran = run(plain, "verify", "--all", "--download", "--local")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.startswith("3 equal, 0 not; ")
+    assert ran.out.endswith(" downloaded\n")
+    (one,) = run(plain, "verify", "ep2", "--download", "--json").document["episodes"]
+    assert one["checked"]["found"]["read_from"] == "download"
+    assert one["checked"]["found"]["artifact_bytes"] == stored_at(nginx, "ep2").stat().st_size
+
+
+def test_what_rotted_or_went_away_at_a_plain_server_is_shipped_again(plain: Lab, nginx: Nginx) -> None:
+    before = ship(plain, "ep1", "ep2", "ep3", "ep4")
+    whole = stored_at(nginx, "ep3").stat().st_size
+    spoil(stored_at(nginx, "ep1"))
+    stored_at(nginx, "ep2").unlink()
+    os.truncate(stored_at(nginx, "ep3"), 50_000)
+    ran = run(plain, "verify", "--all", "--download")
+    lines = sorted(ran.out.splitlines()[:-1])
+    assert (ran.code, ran.err, len(lines)) == (1, "", 3)
+    assert "ep1: it rotted at the receiver: its " in lines[0]
+    assert "is damaged" in lines[0]
+    assert lines[1].startswith("ep2: the receiver does not have it: it is not stored there (status 404)")
+    assert f"ep3: it rotted at the receiver: 50000 bytes are there, {whole} were shipped" in lines[2]
+    again = run(plain, "verify", "--all", "--download", "--reship")
+    assert again.out.count("is back in episodes/ and will be shipped again") == 3
+    assert plain.names("shipped") == ["ep4"]
+    assert plain.once().shipped == 3
+    assert run(plain, "verify", "--all", "--download", "--local").code == 0
+    assert {name: tree(plain.shipped / name) for name in before} == before
+
+
+def test_anothers_artifact_at_a_plain_server_is_told_and_not_replaced(plain: Lab, nginx: Nginx) -> None:
+    ship(plain, "ep1", "ep2")
+    theirs = stored_at(nginx, "ep2").read_bytes()
+    stored_at(nginx, "ep1").write_bytes(theirs)
+    ran = run(plain, "verify", "ep1", "--download", "--reship")
+    assert ran.code == 1
+    assert ran.out.startswith("ep1: the receiver has another artifact: SHA-256 ")
+    assert plain.names("episodes") == []
+
+
+def test_without_its_receipt_the_copy_here_says_what_was_shipped(plain: Lab, nginx: Nginx) -> None:
+    ship(plain, "ep1", "ep2")
+    (journal,) = (plain.root / "receipts").iterdir()
+    journal.unlink()
+    assert run(plain, "verify", "ep1", "--download").out.startswith("1 equal, 0 not")
+    stored_at(nginx, "ep1").write_bytes(stored_at(nginx, "ep2").read_bytes())
+    ran = run(plain, "verify", "ep1", "--download", "--reship")
+    assert (ran.code, plain.names("episodes")) == (1, [])
+    assert ran.out.startswith("ep1: its receipt here is lost; what is there is whole, with BLAKE3 ")
+
+
+def test_a_download_from_a_real_server_goes_on_where_its_line_was_cut(plain: Lab, nginx: Nginx) -> None:
+    asked: list[bytes] = []
+
+    class Cut(Relay):
+        """Of each of the first connections so much comes back."""
+
+        def carry(self, number: int, source: socket.socket, sink: socket.socket, *, outward: bool) -> None:
+            left = 40_000 if number < 2 and not outward else 1 << 30
+            while left > 0 and (piece := source.recv(min(left, 1 << 16))):
+                left -= len(piece)
+                if outward:
+                    asked.extend(line for line in piece.split(b"\r\n") if line.lower().startswith(b"range: "))
+                sink.sendall(piece)
+
+    ship(plain, "ep1")
+    with Cut(int(nginx.url.rpartition(":")[2])) as line:
+        plain.url = line.url
+        assert run(plain, "verify", "ep1", "--download").code == 0
+    assert len(asked) == 2
+    assert asked[0] < asked[1]
+
+
+def test_a_receiver_of_our_own_can_be_fetched_from_too(make_lab: MakeLab, own_receiver: Receiver) -> None:
+    lab = make_lab(own_receiver.url)
+    ship(lab, "ep1", "ep2", "ep3")
+    assert run(lab, "verify", "--all", "--download").out.startswith("3 equal, 0 not; ")
+    spoil(own_receiver.artifact("ep2"))
+    own_receiver.artifact("ep3").unlink()
+    ran = run(lab, "verify", "--all", "--download")
+    assert ran.code == 1
+    assert "ep2: it rotted at the receiver: " in ran.out
+    assert "ep3: the receiver does not have it" in ran.out
+
+
+def test_an_interrupted_download_ends_at_once_and_without_a_traceback(plain: Lab, tmp_path: Path) -> None:
+    ship(plain, "ep1")
+
+    def endless(peer: Peer, _head: Head) -> None:
+        peer.sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000000\r\n\r\n")
+        while True:
+            peer.sock.sendall(bytes(100_000))
+
+    with Server(endless) as server:
+        plain.url = server.url
+        arguments = ("verify", "ep1", "--download", "-c", plain.settings_file())
+        with Command(*arguments, log=tmp_path / "log") as command:
+            wait_until(lambda: server.heads, "the download has begun")
+            command.signal(signal.SIGINT)
+            assert command.wait() == 130
+            assert "Traceback" not in command.log
