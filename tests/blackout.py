@@ -34,7 +34,7 @@ from fastship.shipper import operate
 EPISODES: Mapping[str, bytes] = {
     # Stored together with others; at once, on its own; by appends; sent while it is packed.
     **{f"small{number}": noise(2_000, number) for number in range(4)},
-    "whole": noise(350_000, "whole"),
+    "whole": noise(600_000, "whole"),
     "appended": noise(800_000, "appended"),
     "streamed": noise(2_500_000, "streamed"),
     "conflict": telemetry(5_000, "conflict"),
@@ -50,7 +50,7 @@ OTHERS: Mapping[str, bytes] = {
 """Artifacts that clients send which are not fastship's."""
 
 VALUES: Mapping[str, Mapping[str, Any]] = {
-    "upload": {"one_shot_bytes": 500_000, "stream_bytes": 900_000},
+    "upload": {"one_shot_bytes": 700_000, "stream_bytes": 900_000},
     "pack": {"frame_bytes": 65536, "threads": 1},
     "workers": {"count": 2},
 }

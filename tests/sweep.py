@@ -200,7 +200,7 @@ class Scene:
         self.settings_file = lab.settings_file()
         other = {"code_version": {"commit": _OTHER_COMMIT}}
         lab.episode(self.small, files={"data": telemetry(5_000, number)})
-        lab.episode(self.big, files={"deep/noise": noise(380_000, number), "text": telemetry(30_000, number)})
+        lab.episode(self.big, files={"deep/noise": noise(560_000, number), "text": telemetry(30_000, number)})
         lab.episode(self.refused, files={"data": telemetry(5_000, number)}, meta=other)
         lab.episode("held", files={"data": telemetry(5_000, "here")})
         self.before = {name: tree(lab.episodes / name) for name in (self.small, self.big, self.refused, "held")}

@@ -37,8 +37,8 @@ RUNS = 1000
 PLAIN_RUNS = 200
 ONCE_RUNS = 50
 AT_ONCE = 4
-SMALL = 256 << 10  # the receiver takes bodies of up to so much into memory
-SIZES = (900, 50_000, SMALL - 1, SMALL, SMALL + 1, 400_000, (1 << 20) + 1, 2_500_000)
+SMALL = 512 << 10  # the receiver takes bodies of up to so much into memory
+SIZES = (900, 50_000, SMALL - 1, SMALL, SMALL + 1, 700_000, (1 << 20) + 1, 2_500_000)
 ATTEMPTS = 60
 
 

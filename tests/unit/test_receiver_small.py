@@ -64,7 +64,7 @@ def gate() -> Gate:
 
 @pytest.fixture
 def together(store: Store, gate: Gate) -> Iterator[SmallStore]:
-    together = SmallStore(store, gate.decide)
+    together = SmallStore(store, gate.decide, threads=1)
     yield together
     gate.opened.set()
     together.close()
