@@ -50,10 +50,7 @@ class Ledger:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._spool = Spool(settings.spool.root)
-        if not self._spool.paths.receipts.is_dir():
-            raise UsageError(
-                f"{self._spool.paths.root} is not a spool yet", remedy="see spool.root, or: fastship init DIR"
-            )
+        self._spool.paths.require()
         self._journal = Journal(self._spool.paths.receipts)
         self.spoilt = self._journal.spoilt
 

@@ -84,6 +84,7 @@ def operate(settings: Settings, action: requests.Action, episode: str, *, new_id
     `SpoolBusy` when the daemon does not answer.
     """
     spool = Spool(settings.spool.root)
+    spool.paths.require(["episodes"])
     spool.create()
     request = requests.Request(action=action, episode=episode, new_id=new_id)
     try:

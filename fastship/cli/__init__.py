@@ -138,6 +138,12 @@ def _run(arguments: Sequence[str] | None, invocation: Invocation) -> int:
         if isinstance(error, OutputError):
             _silence_stdout()  # it is said: what is buffered would say it again
         return error.exit_code
+    except PermissionError as error:
+        what = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "something that is needed"
+        _tell(f"{what}: {error.strerror}", "run it as a user who may, most often the one that runs fastship")
+        if invocation.debug:
+            traceback.print_exc()
+        return EXIT_USAGE
     except Exception as error:
         _tell_unexpected(error, invocation)
         return EXIT_INTERNAL

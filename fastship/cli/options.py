@@ -20,6 +20,9 @@ from fastship.settings import SEARCH_PATH, LoadedSettings, find_settings_file, l
 
 Command = Callable[..., Any]
 
+_FILE = f"Settings file.  [default: the first there is of {', '.join(SEARCH_PATH)}]"
+_PROFILE = "Start from this profile: default, throughput, balanced, archive, lowmem, ci."
+
 
 class Invocation(msgspec.Struct):
     """What the flags of this run ask for; click's ``ctx.obj``, read by the handler of errors in ``main``."""
@@ -53,8 +56,8 @@ class SettingsSource(msgspec.Struct, frozen=True):
 def settings_options(command: Command) -> Command:
     """``-c``, ``--profile``, ``--set``; the command gets them as ``source``, a `SettingsSource`."""
 
-    @click.option("-c", "--config", metavar="FILE", help="Settings file. Without it: ./fastship.toml and so on.")
-    @click.option("--profile", metavar="NAME", help="Start from this profile: default, throughput, archive, ...")
+    @click.option("-c", "--config", metavar="FILE", help=_FILE)
+    @click.option("--profile", metavar="NAME", help=_PROFILE)
     @click.option("--set", "overrides", metavar="SECTION.KEY=VALUE", multiple=True, help="Change one setting.")
     @functools.wraps(command)
     def wrapped(config: str | None, profile: str | None, overrides: tuple[str, ...], **others: Any) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -142,8 +141,7 @@ def status(invocation: Invocation, source: SettingsSource, as_json: bool) -> Non
 
     root = Path(source.load(need=("spool.root",)).settings.spool.root)
     spool = Spool(root)
-    if not spool.paths.episodes.is_dir():
-        raise UsageError(f"{root} is not a spool yet", remedy=f"fastship init {shlex.quote(str(root))}")
+    spool.paths.require()
     snapshot = status_file.read(spool.paths.state)
     running = snapshot is not None and _is_locked(spool.paths.lock)
     if running and snapshot is not None:

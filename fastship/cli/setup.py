@@ -72,7 +72,9 @@ def init(invocation: Invocation, directory: Path, url: str) -> None:
             file.write(_TEMPLATE.format(url=url_line))
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        raise UsageError(f"cannot make a spool in {directory}: {error.strerror}{where}") from None
+        raise UsageError(
+            f"cannot make a spool in {directory}: {error.strerror}{where}", remedy="name a directory that you may write"
+        ) from None
     if invocation.quiet:
         return
     file_argument = shlex.quote(str(target))
@@ -116,7 +118,7 @@ def show(invocation: Invocation, source: SettingsSource, origin: bool, as_json: 
         write_line(f"{line:<44}  # {loaded.origins[f'{section}.{key}']}" if origin else line)
 
 
-@config.command()
+@config.command(short_help="Check that they can work on this host.")
 @json_option
 @settings_options
 @shared_options

@@ -8,7 +8,6 @@ Imports ``spool`` (to look) and ``shipper`` (to act) when a command runs; only `
 
 from __future__ import annotations
 
-import shlex
 import sys
 from typing import TYPE_CHECKING, Literal
 
@@ -129,7 +128,7 @@ def list_holds(invocation: Invocation, source: SettingsSource, as_json: bool) ->
         write_line("nothing is held")
 
 
-@holds.command("keep-local")
+@holds.command("keep-local", short_help="The local episode is right: offer it again.")
 @click.argument("episode")
 @click.option("--as", "new_id", metavar="NEWID", help="Ship it under another id; both contents are then kept.")
 @settings_options
@@ -139,7 +138,7 @@ def keep_local(invocation: Invocation, source: SettingsSource, episode: str, new
     _operate(invocation, source, "keep-local", (episode,), new_id=new_id)
 
 
-@holds.command("drop-local")
+@holds.command("drop-local", short_help="The receiver's copy is right: quarantine the local one.")
 @click.argument("episode")
 @_yes
 @settings_options
@@ -159,10 +158,7 @@ def _spool(source: SettingsSource) -> Spool:
     from fastship.spool import Spool
 
     spool = Spool(_settings(source).spool.root)
-    if not spool.paths.quarantine.is_dir() or not spool.paths.holds.is_dir():
-        raise UsageError(
-            f"{spool.paths.root} is not a spool yet", remedy=f"fastship init {shlex.quote(str(spool.paths.root))}"
-        )
+    spool.paths.require()
     return spool
 
 

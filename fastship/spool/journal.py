@@ -8,6 +8,7 @@ Imports ``episode`` and ``sealed``; ``custody`` imports it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -46,8 +47,9 @@ class Journal:
         self._places: dict[str, _Place] = {}
         self.spoilt: list[str] = []
         """The lines that cannot be read, ``2026-11-24.jsonl, line 3``; nothing is known of what stood there."""
-        for path in sorted(directory.glob("*.jsonl")):
-            self._look_through(path)
+        for name in sorted(os.listdir(directory)):  # no glob, which finds nothing where it may not look
+            if name.endswith(".jsonl"):
+                self._look_through(directory / name)
 
     def _look_through(self, path: Path) -> None:
         offset = 0

@@ -13,7 +13,10 @@ import contextlib
 import errno
 import fcntl
 import os
+import shlex
+import stat
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastship import durable
@@ -51,6 +54,20 @@ class Layout:
         self.state = root / "state"
         self.requests = root / "state" / "requests"
         self.lock = root / "state" / "lock"
+
+    def require(self, names: Sequence[str] = DIRECTORIES) -> None:
+        """That these directories are there, for whoever is not to make any: where the spool's disk is not mounted, one
+        made below would be waited at for ever. Raises `SpoolError`."""
+        for name in names:
+            try:
+                found = stat.S_ISDIR((self.root / name).stat().st_mode)
+            except (FileNotFoundError, NotADirectoryError):
+                found = False
+            if not found:
+                raise SpoolError(
+                    f"{self.root} is not a spool yet: it has no {name}",
+                    remedy=f"mount its disk, correct spool.root, or: fastship init {shlex.quote(str(self.root))}",
+                )
 
     def create(self) -> None:
         """Make what is missing and check the rest. Raises `SpoolError`. May be repeated."""
@@ -102,6 +119,8 @@ def remedy_for(error: OSError) -> str:
         return "the spool is read-only: see the kernel's log for why, and mount it for writing"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "free space on the spool's file system"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit of open files (ulimit -n, LimitNOFILE= of the service)"
     return "see the kernel's log for faults of the disk"
 
 

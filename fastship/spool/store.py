@@ -371,10 +371,11 @@ class Spool:
     def holds(self) -> list[HoldRecord]:
         """The holds, by id."""
         found = []
-        for path in sorted(self.paths.holds.glob("[!.]*.json")):
-            record = self.find_hold(path.name.removesuffix(".json"))
-            if record is not None:
-                found.append(record)
+        for name in sorted(os.listdir(self.paths.holds)):
+            if name.endswith(".json") and not name.startswith("."):
+                record = self.find_hold(name.removesuffix(".json"))
+                if record is not None:
+                    found.append(record)
         return found
 
     def find_hold(self, episode: str) -> HoldRecord | None:

@@ -85,6 +85,7 @@ class Supervisor:
 
     def run(self) -> status.PassResult:
         """Take the spool, work, let go of it. Raises `SpoolBusy`, `SpoolError`, `WorkerCannotStart`."""
+        self._spool.paths.require(["episodes"])
         self._spool.create()
         self._lock = self._spool.lock(wait_s=LOCK_WAIT_S)
         self._crew = Crew(self._settings, self._lock.fd, self._selector)
@@ -112,7 +113,8 @@ class Supervisor:
             self._look_at_disk()  # before anything is given out
             self._patrol.look()
         except OSError as error:
-            raise SpoolError(f"{error.filename}: {error.strerror}", remedy="check who owns the spool's files") from None
+            where = error.filename or self._spool.paths.root
+            raise SpoolError(f"{where}: {error.strerror}", remedy=remedy_for(error)) from None
         self._hiring = not self._once or bool(self._book.ready)  # an empty pass needs no workers
         status.notify("READY=1")
 

@@ -241,7 +241,8 @@ class Patrol:
         except UsageError as error:
             return requests.Answer(ok=False, text=error.message, remedy=error.remedy)
         except OSError as error:
-            return requests.Answer(ok=False, text=f"{error.filename}: {error.strerror}", remedy=remedy_for(error))
+            where = error.filename or request.episode
+            return requests.Answer(ok=False, text=f"{where}: {error.strerror}", remedy=remedy_for(error))
         if effect.gone is not None:
             self._feed(Gone(effect.gone))
         if effect.ready is not None:

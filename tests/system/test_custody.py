@@ -212,7 +212,7 @@ def test_a_destination_that_cannot_say_is_told_of(make_lab: MakeLab, destination
 def test_without_a_spool_nothing_is_made(make_lab: MakeLab, destination: Destination) -> None:
     lab = make_lab(destination.url)
     ran = run(lab, "verify", "--all")
-    assert (ran.code, ran.out) == (2, "")
+    assert (ran.code, ran.out) == (3, "")
     assert "is not a spool yet" in ran.err
     assert os.listdir(lab.root) == ["episodes"]
 

@@ -167,6 +167,30 @@ def test_an_unexpected_error_leaves_its_traceback_in_a_file(run: Run, monkeypatc
     assert "Traceback" in shown.err
 
 
+def test_what_may_not_be_read_is_told_with_its_name_and_is_no_fault_of_fastship(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/spool/episodes")
+
+    monkeypatch.setattr(setup, "_values", refused)
+    ran = run("config", "show")
+    assert ran.code == 2
+    assert ran.err.startswith("fastship: error: /spool/episodes: Permission denied\n  try: run it as a user who may")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", ["run", "once", "status", "quarantine drop -y ep", "holds list", "verify --all"])
+def test_no_spool_is_made_where_there_is_none(run: Run, tmp_path: Path, command: str) -> None:
+    """Its disk may not be mounted yet."""
+    (tmp_path / "mount").mkdir()
+    url = ("--set", "destination.url=http://127.0.0.1:9")
+    ran = run(*command.split(), "--set", f"spool.root={tmp_path / 'mount'}", *url)
+    assert ran.code == 3
+    assert "mount is not a spool yet: it has no episodes\n  try: mount its disk" in ran.err
+    assert os.listdir(tmp_path / "mount") == []
+
+
 def test_every_error_of_ours_is_a_sentence_with_its_exit_code(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def descend(kind: type[FastshipError]) -> list[type[FastshipError]]:
         return [kind, *(one for below in kind.__subclasses__() for one in descend(below))]
@@ -579,6 +603,6 @@ def test_an_operators_word_on_holds_and_quarantine(run: Run, lab: Lab, destinati
 
 def test_status_of_no_spool(run: Run, tmp_path: Path) -> None:
     ran = run("status", "--set", "spool.root=nothing")
-    assert ran.code == 2
+    assert ran.code == 3
     assert "fastship init" in ran.err
     assert not (tmp_path / "nothing").exists()

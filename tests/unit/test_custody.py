@@ -10,7 +10,7 @@ from sample import manifest_of, receipt_of
 
 from fastship.custody import Ledger, _judge
 from fastship.episode import Receipt, ReceivedArtifact, ReceivedContent
-from fastship.errors import UsageError
+from fastship.errors import SpoolError, UsageError
 from fastship.settings import Settings, SpoolSettings
 from fastship.spool import Spool
 from fastship.upload import Reread
@@ -57,7 +57,7 @@ def test_what_counts_as_equal(found: Reread, receipt: Receipt | None, state: str
 
 def test_only_what_was_retired_can_be_asked_for(tmp_path: Path) -> None:
     settings = Settings(spool=SpoolSettings(root=str(tmp_path / "spool")))
-    with pytest.raises(UsageError, match="is not a spool yet"):
+    with pytest.raises(SpoolError, match="is not a spool yet"):
         Ledger(settings)
     assert not (tmp_path / "spool").exists()
     spool = Spool(tmp_path / "spool")

@@ -32,6 +32,13 @@ def journal_of(spool: Spool) -> Path:
     return path
 
 
+def test_receipts_that_cannot_be_looked_for_are_not_taken_for_none(spool: Spool) -> None:
+    spool.paths.receipts.rmdir()
+    spool.paths.receipts.touch()
+    with pytest.raises(NotADirectoryError):  # as where they may not be listed, which stops no root
+        Journal(spool.paths.receipts)
+
+
 def test_each_retired_episode_has_its_line(spool: Spool) -> None:
     retire(spool, "b", "a")
     journal = Journal(spool.paths.receipts)

@@ -45,6 +45,7 @@ def test_an_observer_whose_terminal_has_gone_stops_nothing(tmp_path: Path) -> No
         looked.append(snapshot)
         raise OSError(errno.EIO, "hung up")
 
+    (tmp_path / "episodes").mkdir()
     settings = Settings.load(values={"spool": {"root": str(tmp_path)}, "destination": {"url": "http://127.0.0.1:9"}})
     assert Supervisor(settings, once=True, observer=observer).run().scanned == 0
     assert looked

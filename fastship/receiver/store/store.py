@@ -130,7 +130,8 @@ class Store:
                 )
         except OSError as error:
             raise ReceiverError(
-                f"receiver.root {self.root} cannot be used: {error}", remedy="make it writable for the receiver"
+                f"receiver.root {self.root} cannot be used: {error.strerror}: {error.filename or self.root}",
+                remedy="make it writable for the receiver",
             ) from None
         self._followings = threading.Semaphore(_FOLLOWINGS)
         self.uploads = Uploads(
