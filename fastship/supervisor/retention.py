@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 log = logs.Logger(__name__)
 
 SHORT_S, IDLE_S = 2.0, 10.0  # between two rounds while the disk is short; where the last one had nothing to remove
-SHORT_SPACING = 20.0  # times what the last one took, at least: a twentieth of a core
+SHORT_SPACING = 20.0  # times the CPU of the last one, at least: a twentieth of a core
 ASK_AGAIN_S = 3600.0  # about a copy that the receiver did not confirm
 ASKED_AT_ONCE = 2  # as many as a receiver reads at once; what is no longer to go then was read in vain
 CLOSE_S = 5.0
@@ -55,7 +55,7 @@ class Retention:
         self._next_round = self._next_short = 0.0
         self._wanted_free_bytes = 0  # of the disk, before copies stop making room
         self._total_bytes = 0
-        self._round_s = 0.0  # what the last one took
+        self._round_cpu_s = 0.0  # of the last one; how long it waited for the receiver is no reason to wait again
         self._removed = 0  # in it
 
     def turn(self, *, missing_bytes: int, paused: bool) -> None:
@@ -70,7 +70,7 @@ class Retention:
             if self._thread.is_alive():
                 return
             self._thread = None
-            self._next_short = now + max(SHORT_S if self._removed else IDLE_S, SHORT_SPACING * self._round_s)
+            self._next_short = now + max(SHORT_S if self._removed else IDLE_S, SHORT_SPACING * self._round_cpu_s)
             if now < self._next_round:
                 return
         self._next_round = now + self._rules.quarantine_cleanup_interval_s
@@ -89,7 +89,7 @@ class Retention:
 
     def _round(self) -> None:
         """In the thread."""
-        began, self._removed = time.monotonic(), 0
+        began, self._removed = time.thread_time(), 0
         try:
             self._shelf.finish_removals()
             if self._on:
@@ -102,7 +102,7 @@ class Retention:
             log.exception("retention-failed")
             self._waits(f"{type(error).__name__}: {error}")
         finally:
-            self._round_s = time.monotonic() - began
+            self._round_cpu_s = time.thread_time() - began
 
     def _work(self) -> None:
         copies = self._shelf.copies()
