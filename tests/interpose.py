@@ -1,4 +1,5 @@
-"""Programs whose every changing system call is looked at before it is made, and may be failed, or kill its caller.
+"""Programs whose every changing system call (or every reading one) is looked at before it is made, and may be failed,
+be made in part, or kill its caller.
 
 seccomp's user notifications (seccomp_unotify(2)): the kernel stops each listed call of a program, of every process and
 thread that comes of it, and asks here. So the calls of all of them are in one order and counted in one place (strace
@@ -21,6 +22,7 @@ import platform
 import select
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -70,9 +72,32 @@ _CALLS: dict[str, tuple[int, int | None, tuple[int | None, int] | None]] = {
     "accept": (43, 0, None),
     "accept4": (288, 0, None),
 }
+CHANGING = frozenset(_CALLS)
+_CALLS |= {
+    "read": (0, 0, None),
+    "pread64": (17, 0, None),
+    "readv": (19, 0, None),
+    "preadv": (295, 0, None),
+    "preadv2": (327, 0, None),
+    "getdents64": (217, 0, None),
+    "stat": (4, None, (None, 0)),
+    "fstat": (5, 0, None),
+    "lstat": (6, None, (None, 0)),
+    "newfstatat": (262, None, (0, 1)),
+    "statx": (332, None, (0, 1)),
+    "access": (21, None, (None, 0)),
+    "faccessat": (269, None, (0, 1)),
+    "faccessat2": (439, None, (0, 1)),
+    "readlink": (89, None, (None, 0)),
+    "readlinkat": (267, None, (0, 1)),
+    "statfs": (137, None, (None, 0)),
+    "fstatfs": (138, 0, None),
+}
+READING = frozenset(_CALLS) - CHANGING
+"""What may be looked at: one of the two, for each costs the program some 0.1 ms a call."""
 _NAMES = {number: name for name, (number, _, _) in _CALLS.items()}
 _OPEN_FLAGS = {"open": 1, "openat": 2}  # which argument
-_CHANGING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+_CHANGING_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _AT_FDCWD = 0xFFFFFF9C
 
 _FREE_FD = 1000  # what is sent over this descriptor is not looked at: it brings us the listener
@@ -96,15 +121,16 @@ class Stuck(AssertionError):
     """A program did not end by itself."""
 
 
-Action = int | Literal["kill", "kill all"] | None
-"""What is to come of a call: this errno, or the end of its process or of all of them, or what would have come of it."""
+Action = int | Literal["kill", "kill all", "half"] | None
+"""What is to come of a call: this errno, or the end of its process or of all of them, or the first half of what it was
+to write (to a file or to a stream of TCP) and no more, or what would have come of it."""
 
 
 # --- the program's side ------------------------------------------------------------------------------------------
 
 
-def _filter() -> bytes:
-    """BPF: stop the calls of `_CALLS`, but what is sent over `_FREE_FD`; let all others go."""
+def _filter(calls: frozenset[str]) -> bytes:
+    """BPF: stop these calls, but what is sent over `_FREE_FD`; let all others go."""
     load, equal, give = 0x20, 0x15, 0x06
     stop, go = 0x7FC00000, 0x7FFF0000
     program = [
@@ -118,7 +144,7 @@ def _filter() -> bytes:
         (give, 0, 0, go),
         (load, 0, 0, 0),
     ]
-    for number in _NAMES:
+    for number in (_CALLS[name][0] for name in calls):
         program += [(equal, 0, 1, number), (give, 0, 0, stop)]
     program.append((give, 0, 0, go))
     return b"".join(struct.pack("=HBBI", *step) for step in program)
@@ -128,10 +154,10 @@ class _Program(ctypes.Structure):
     _fields_ = (("steps", ctypes.c_ushort), ("at", ctypes.c_char_p))
 
 
-def _listen() -> int:
+def _listen(calls: frozenset[str]) -> int:
     """Have this process, and all that come of it, looked at: the descriptor to do it with. Raises ``OSError``."""
     libc = ctypes.CDLL(None, use_errno=True)
-    code = _filter()
+    code = _filter(calls)
     no_new_privileges, set_filter, new_listener, wait_killable = 38, 1, 1 << 3, 1 << 5
     if libc.prctl(no_new_privileges, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl")
@@ -161,7 +187,7 @@ def _nurse(channel: socket.socket) -> None:
             with socket.socket(fileno=_FREE_FD) as free:
                 channel.close()
                 if seen:
-                    listener = _listen()
+                    listener = _listen(frozenset(seen))
                     socket.send_fds(free, [str(os.getpid()).encode()], [listener])
                     os.close(listener)
                 else:
@@ -283,7 +309,9 @@ class Program:
         elif action == "kill all":
             self._kill_all()
         else:
-            response = _RESPONSE.pack(cookie, 0, -action if action else 0, 0 if action else _CONTINUE)
+            written = _write_half(pid, tid, name, arguments) if action == "half" else 0
+            errno_ = action if isinstance(action, int) else 0
+            response = _RESPONSE.pack(cookie, written, -errno_, 0 if written or errno_ else _CONTINUE)
             with contextlib.suppress(FileNotFoundError):
                 fcntl.ioctl(self._listener, _SEND, response)
 
@@ -301,14 +329,19 @@ class Nursery:
         self._program: Program | None = None
 
     def start(
-        self, *arguments: str | Path, out: Path, log: Path, look: Callable[[Call], Action] | None = None
+        self,
+        *arguments: str | Path,
+        out: Path,
+        log: Path,
+        look: Callable[[Call], Action] | None = None,
+        calls: frozenset[str] = CHANGING,
     ) -> Program:
         """``fastship ARGUMENTS``, standard output and error at the end of these files.
 
-        ``look`` is asked about each call in a thread of its own; what it kills is killed before the call.
+        ``look`` is asked about each of ``calls`` in a thread of its own; what it kills is killed before the call.
         """
         with out.open("ab") as stdout, log.open("ab") as stderr:
-            word = json.dumps([[str(one) for one in arguments], look is not None]).encode()
+            word = json.dumps([[str(one) for one in arguments], sorted(calls) if look is not None else []]).encode()
             socket.send_fds(self._channel, [word], [stdout.fileno(), stderr.fileno()])
             self._program = Program(self._channel, look)
         return self._program
@@ -324,7 +357,7 @@ def _said_name(name: str, arguments: list[int]) -> str:
     place = _OPEN_FLAGS.get(name)
     if place is None:
         return "create" if name == "creat" else name
-    return "create" if arguments[place] & _CHANGING else "open"
+    return "create" if arguments[place] & _CHANGING_FLAGS else "open"
 
 
 def _leader(tid: int) -> int:
@@ -347,6 +380,8 @@ def _path(tid: int, name: str, arguments: list[int]) -> str:
     text = _string(tid, arguments[path])
     if text.startswith("/"):
         return text
+    if not text:  # AT_EMPTY_PATH
+        return _link(tid, where)
     top = os.readlink(f"/proc/{tid}/cwd") if where == _AT_FDCWD else _link(tid, where)
     return os.path.join(top, text)
 
@@ -365,6 +400,55 @@ def _family(tid: int, link: str) -> str:
     return "unix" if any(inode in line.split() for line in local) else "tcp"
 
 
+def _write_half(pid: int, tid: int, name: str, arguments: list[int]) -> int:
+    """Write the first half of what a call was to write in its place; how many bytes. 0: it cannot be halved."""
+    pieces = _pieces(tid, name, arguments)
+    data = b"".join(_memory(tid, address, size) for address, size in pieces)
+    half = data[: len(data) // 2]
+    if not half:
+        return 0
+    pidfd = os.pidfd_open(pid)
+    try:
+        fd = ctypes.CDLL(None).syscall(438, pidfd, arguments[0], 0)  # pidfd_getfd(2)
+    finally:
+        os.close(pidfd)
+    if fd < 0:
+        return 0
+    try:
+        if name.startswith("pwrite"):
+            return os.pwrite(fd, half, arguments[3])
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            return os.write(fd, half)
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            streams = sock.type == socket.SOCK_STREAM
+            return sock.send(half, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) if streams else 0
+    except OSError:  # let it be told by the call itself
+        return 0
+    finally:
+        os.close(fd)
+
+
+def _pieces(tid: int, name: str, arguments: list[int]) -> list[tuple[int, int]]:
+    """Where what a call was to write is: addresses and sizes. None of what cannot be halved."""
+    if name in ("write", "pwrite64") or (name == "sendto" and not arguments[4]):
+        return [(arguments[1], arguments[2])]
+    if name in ("writev", "pwritev"):
+        vector, count = arguments[1], arguments[2]
+    elif name == "sendmsg":
+        address, _, vector, count, control, _, _ = struct.unpack("=QQQQQQQ", _memory(tid, arguments[1], 56))
+        if address or control:
+            return []
+    else:
+        return []
+    numbers = struct.unpack(f"={2 * count}Q", _memory(tid, vector, 16 * count))
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def _memory(tid: int, address: int, size: int) -> bytes:
+    with open(f"/proc/{tid}/mem", "rb", buffering=0) as memory:
+        return os.pread(memory.fileno(), size, address)
+
+
 def _string(tid: int, address: int) -> str:
     with open(f"/proc/{tid}/mem", "rb", buffering=0) as memory:
         data = b""
@@ -379,7 +463,7 @@ def _string(tid: int, address: int) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1] == "try":
-        _listen()
+        _listen(CHANGING)
     else:
         with contextlib.suppress(ImportError):
             pass

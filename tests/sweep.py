@@ -30,26 +30,34 @@ from typing import Any, NamedTuple
 
 import faults
 import zstandard
-from interpose import Action, Call, Stuck
+from interpose import CHANGING, READING, Action, Call, Stuck
 from lab import COMMIT, Lab, contents, contents_of, noise, telemetry, tree
 
 from fastship import durable
-from fastship.episode import ARTIFACT_SUFFIX
+from fastship.episode import ARTIFACT_SUFFIX, MARKER
 from fastship.errors import EXIT_NOT_SHIPPED, EXIT_OK
 from fastship.receiver.store.store import Store
 from fastship.settings import ReceiverSettings
 
 KILL, KILL_ALL, FULL = "killed", "all killed", "full from then on"
+HALF, UNREAD, ROTTEN = "half of it written", "not read", "not read from then on"
 ERRORS = {name: getattr(errno, name) for name in ("ENOSPC", "EIO", "EMFILE", "EDQUOT")}
+FAILURES = (*ERRORS, FULL, HALF)
+READ_FAILURES = (UNREAD, ROTTEN)
 KINDS: dict[str, tuple[str, ...]] = {
     "SIGKILL": (KILL, KILL_ALL),
     "ENOSPC, EIO, EMFILE or EDQUOT": tuple(ERRORS),
     "a disk that is full from then on": (FULL,),
+    "a write that takes half": (HALF,),
+    "EIO for a read": (UNREAD,),
+    "EIO for all reads of a file from then on": (ROTTEN,),
 }
+_READS = ("EIO for a read", "EIO for all reads of a file from then on")
 _ONLY = {"open": ("EIO", "EMFILE"), "socket": ("EMFILE",), "accept4": ("EMFILE",)}
 """What these may fail with, which change nothing; the others with each of `ERRORS`."""
 _FILLING = ("create", "write", "pwrite64", "pwritev", "writev", "mkdir", "link")
 """What a full disk refuses, under the log as well."""
+_WRITING = ("write", "pwrite64", "writev", "pwritev", "sendto", "sendmsg")
 _SOCKETS = ("tcp", "unix", "socket")
 _OTHER_COMMIT = "f" * 40
 UPLOAD_MAX_AGE_S = 7 * 86400.0
@@ -101,6 +109,7 @@ class Look:
         self._point = point
         self._counts: Counter[tuple[str, str, str]] = Counter()
         self._full = False
+        self._rotten = ""
         self.calls: list[Point] = []
         self.struck = False
 
@@ -113,6 +122,8 @@ class Look:
         self.calls.append(Point(*key, self._counts[key], ""))
         if self._full:
             return errno.ENOSPC if call.name in _FILLING and place not in _SOCKETS else None
+        if place == self._rotten:
+            return errno.EIO
         point = self._point
         if point is None or self.struck or self.calls[-1] != point._replace(fault=""):
             return None
@@ -120,20 +131,31 @@ class Look:
         if point.fault == FULL:
             self._full = True
             return errno.ENOSPC
+        if point.fault in (UNREAD, ROTTEN):
+            self._rotten = place if point.fault == ROTTEN else ""
+            return errno.EIO
+        if point.fault == HALF:
+            return "half"
         if point.fault in (KILL, KILL_ALL):
             return "kill" if point.fault == KILL else "kill all"
         error: int = ERRORS[point.fault]
         return error
 
+    @property
+    def lasts(self) -> bool:
+        """Whether its fault lasts until `free`."""
+        return self._point is not None and self._point.fault in (FULL, ROTTEN)
+
     def free(self) -> None:
-        """Somebody made room on the full disk."""
+        """Somebody made room on the full disk, or put in one that can be read."""
         self._full = False
+        self._rotten = ""
 
     def _place(self, path: str) -> str:
         """Where a file is, the same in each run; "" for what is none of ours (imports, pipes)."""
         if path in _SOCKETS:
-            # A single process's "unix" is how its threads wake its loop.
-            return path if path != "unix" or len(self._processes) > 1 else ""
+            # A receiver's "unix" is how its threads wake its loop.
+            return path if path != "unix" or "worker" in self._processes else ""
         for top, name in self._places:
             if path == top or path.startswith(f"{top}/"):
                 found = re.sub(r"[0-9a-f]{16,}|\d{4}-\d\d-\d\d|(?<=[.-])\d+(?=$|[./])", "#", path[len(top) :])
@@ -148,6 +170,11 @@ def points_of(recordings: Iterable[list[Point]], faults: Iterable[str]) -> list[
 
 
 def _is_possible(call: Point, fault: str) -> bool:
+    if call.call in READING or fault in (UNREAD, ROTTEN):
+        reads = call.call in READING and call.place not in _SOCKETS
+        return reads and (fault == UNREAD or (fault == ROTTEN and call.number == 1))
+    if fault == HALF:
+        return call.call in _WRITING and call.place not in ("unix", "socket")
     if fault in ERRORS:
         return fault in _ONLY.get(call.call, ERRORS)
     if fault == FULL:
@@ -156,27 +183,32 @@ def _is_possible(call: Point, fault: str) -> bool:
 
 
 def sweep(
-    side: str, way: str, recordings: list[list[Point]], attempt: Callable[[Point], Look], *, kinds: Iterable[str]
+    side: str, way: str, attempt: Callable[[Point | None, frozenset[str]], Look], *, kinds: Sequence[str]
 ) -> None:
-    """Try the share of all points that is asked for, with each of `KINDS` or those given; fails with all that is wrong.
+    """Try the share of all points that is asked for, of these kinds of fault; fails with all that is wrong.
 
-    ``attempt`` is the scenario with the fault, the restart and the comparison; it raises `Wrong` and `Stuck`.
+    ``attempt`` is the scenario with the fault, the restart and the comparison, where calls of the set are looked at; it
+    raises `Wrong` and `Stuck`.
     """
+    possible = {name: [fault for fault in faults if fault in kinds] for name, faults in KINDS.items()}
+    seen = [CHANGING, READING] if possible[_READS[0]] or possible[_READS[1]] else [CHANGING]
+    recordings = [attempt(None, calls).calls for calls in seen for _ in range(faults.times(2))]
     wrong: list[str] = []
-    for kind, possible in KINDS.items():
-        points = points_of(recordings, [fault for fault in possible if fault in kinds])
+    for kind in [name for name in possible if possible[name]]:
+        points = points_of(recordings, possible[kind])
         struck = 0
         bad: Counter[str] = Counter()
         for point in faults.some_of(points, f"{side} {way} {kind}"):
             try:
-                struck += attempt(point).struck
+                struck += attempt(point, READING if kind in _READS else CHANGING).struck
             except (Wrong, Stuck) as error:
                 bad[error.kind if isinstance(error, Wrong) else "stuck"] += 1
                 wrong.append(f"{point}: {error}")
                 print(wrong[-1], flush=True)
+        what = "reads or looks at something" if kind in _READS else "changes something"
         faults.count(
             f"{side}, {way}: {kind}",
-            f"at each system call of the {side} that changes something; then a restart",
+            f"at each system call of the {side} that {what}; then a restart",
             of=len(points),
             tried=struck,
             test=f"tests/crash/test_sweep_{side}.py",
@@ -191,15 +223,27 @@ def sweep(
 class Scene:
     """The spool of one run below ``directory``; the episodes that are stored are called after ``number``."""
 
-    def __init__(self, directory: Path, url: str, upload: Mapping[str, Any], number: int = 0) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        url: str,
+        upload: Mapping[str, Any],
+        number: int = 0,
+        *,
+        late: bool = False,
+        ca_file: str = "",
+    ) -> None:
+        """``late``: the marker of ``small`` comes with `finish` only. ``ca_file``: of a receiver with TLS."""
         directory.mkdir()
         self.directory = directory
         self.out, self.log = directory / "out", directory / "log"
         self.small, self.big, self.refused = (f"{name}-{number}" for name in ("small", "big", "refused"))
-        self.lab = lab = Lab(directory, url, {"upload": upload, "pack": {"frame_bytes": "64KiB"}})
+        self.lab = lab = Lab(
+            directory, url, {"upload": upload, "pack": {"frame_bytes": "64KiB"}, "destination": {"ca_file": ca_file}}
+        )
         self.settings_file = lab.settings_file()
         other = {"code_version": {"commit": _OTHER_COMMIT}}
-        lab.episode(self.small, files={"data": telemetry(5_000, number)})
+        lab.episode(self.small, files={"data": telemetry(5_000, number)}, marker=not late)
         lab.episode(self.big, files={"deep/noise": noise(560_000, number), "text": telemetry(30_000, number)})
         lab.episode(self.refused, files={"data": telemetry(5_000, number)}, meta=other)
         lab.episode("held", files={"data": telemetry(5_000, "here")})
@@ -212,6 +256,26 @@ class Scene:
     def once(self) -> tuple[str | Path, ...]:
         """The command line."""
         return ("once", "-c", self.settings_file)
+
+    @property
+    def run(self) -> tuple[str | Path, ...]:
+        return ("run", "-c", self.settings_file)
+
+    def finish(self) -> None:
+        """The recorder is done with ``small``."""
+        (self.lab.episodes / self.small / MARKER).touch()
+        self.before[self.small] = tree(self.lab.episodes / self.small)
+
+    def is_settled(self, *, but: str = "") -> bool:
+        """Whether each episode, but that one, is where it belongs, as far as a daemon has anything left to do."""
+        lab = self.lab
+        return (
+            set(lab.names("episodes")) - {but} == {"held"}
+            and lab.names("holds") == ["held.json"]
+            and lab.names("quarantine") == [self.refused]
+            and (lab.quarantine / self.refused / "quarantine_reason.json").exists()
+            and lab.names("outbox") == ["held.manifest.json", "held.tar.zst"]
+        )
 
     @property
     def places(self) -> dict[str, Path]:

@@ -78,17 +78,19 @@ class Layout:
             # Durably: an episode that is moved into a directory whose name is lost is lost, too.
             durable.make_directories([self.root, *paths])
             devices = {path.lstat().st_dev: path for path in reversed(paths)}
+            links = [path for path in paths if os.path.islink(path)]
+            read_only = [path for path in paths if os.statvfs(path).f_flag & os.ST_RDONLY]
         except OSError as error:
-            for path in filter(Path.is_symlink, paths):
+            for path in filter(os.path.islink, paths):
                 raise _link(path) from None
             raise SpoolError(
                 f"{error.filename or self.root}: cannot be used: {error.strerror}",
-                remedy="check spool.root and who owns it",
+                remedy="check spool.root, who owns it, and the kernel's log for faults of the disk",
             ) from None
         for path in paths:
-            if path.is_symlink():
+            if path in links:
                 raise _link(path)
-            if os.statvfs(path).f_flag & os.ST_RDONLY:
+            if path in read_only:
                 raise SpoolError(
                     f"{path}: is on a read-only file system",
                     remedy="see the kernel's log for why; mount it for writing",
@@ -142,7 +144,9 @@ class Lock:
                 fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                owner = os.pread(self.fd, 20, 0).decode("ascii", "replace").strip()
+                owner = ""
+                with contextlib.suppress(OSError):
+                    owner = os.pread(self.fd, 20, 0).decode("ascii", "replace").strip()
                 if time.monotonic() < deadline and not _is_running(owner):
                     time.sleep(0.02)
                     continue

@@ -88,6 +88,8 @@ class Spool:
         self.shelf = Shelf(self.paths)
         self.ages = Ages(self.paths.state / "clock.json")
         self.order = order
+        self.unfinished = True
+        """Whether `finish_quarantines` may have something to complete; not known before it has looked."""
 
     def create(self) -> None:
         """Make the directories that are missing. Raises `SpoolError` when they cannot be used. May be repeated."""
@@ -236,26 +238,29 @@ class Spool:
         except OSError:
             if os.path.lexists(directory):  # it would not move: taken back, or it would hit what stands there one day
                 durable.unlink_if_present(path)
+            self.unfinished = True
             raise
         return target
 
     def finish_quarantines(self) -> None:
-        """Complete the quarantines and removals that a crash interrupted. At start; may be repeated.
+        """Complete the quarantines and removals that a crash or a fault of the disk interrupted. May be repeated.
 
-        One that cannot be completed now (a full disk) is logged and left for the next start: it stops nobody else.
+        One that cannot be completed now (a full disk) is logged and left, `unfinished`: it stops nobody else.
         """
+        unfinished = False
         for entry in list(os.scandir(self.paths.quarantine)):
             if entry.name.startswith(_CONDEMNED_PREFIX):
                 try:
                     condemned = msgspec.json.decode(Path(entry.path).read_bytes(), type=_Condemned)
+                    self._finish_quarantine(Path(entry.path), condemned)
                 except (ValueError, IsADirectoryError):  # not one that we wrote
                     continue
-                try:
-                    self._finish_quarantine(Path(entry.path), condemned)
                 except OSError as error:
+                    unfinished = True
                     log.error("the quarantine of %s cannot be completed now: %s", entry.name, error)
             elif entry.name.startswith(_REMOVING_PREFIX):
                 _remove(Path(entry.path))
+        self.unfinished = unfinished
 
     def _finish_quarantine(self, path: Path, condemned: _Condemned) -> None:
         name = os.fsdecode(bytes.fromhex(condemned.name))
@@ -318,6 +323,10 @@ class Spool:
         self._remove_entry(self._quarantine_path(name))
 
     def _quarantine_path(self, name: str) -> Path:
+        """Where the entry is, once nothing of its quarantine is left to do: a decision that were carried out afterwards
+        would take the episode that is put back, or the next one of its name."""
+        if self.unfinished:
+            self.finish_quarantines()
         path = self.paths.quarantine / name
         # An empty name would be quarantine/ itself.
         if (

@@ -200,6 +200,8 @@ class Patrol:
 
     def _pass(self) -> None:
         """Once every scan interval: sweep, clean up, the requests that inotify may have missed."""
+        if self._spool.unfinished:
+            self._try("quarantines", self._spool.finish_quarantines)
         self._sweep()
         if time.monotonic() >= self._next_cleanup:
             self._cleanup()

@@ -347,7 +347,11 @@ class Session:
 
     def _tell(self, passage: _Passage, verdict: Verdict) -> None:
         verdict = msgspec.structs.replace(verdict, sent_bytes=passage.sent_bytes)
-        if passage.growth.manifest is not None:  # else it was never submitted: nobody waits for a verdict
+        with self._lock:
+            packing = self._streams.get(passage.episode) is passage
+            if packing:  # nobody waits for a verdict yet; `submit` will find no stream, and ship it anew
+                del self._streams[passage.episode]
+        if not packing and passage.growth.manifest is not None:
             try:
                 self._on_verdict(passage.episode, verdict)
             except Exception:

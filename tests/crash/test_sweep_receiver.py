@@ -10,11 +10,28 @@ import socket
 from pathlib import Path
 
 import faults
+import psutil
 import pytest
-from interpose import Nursery, Program, work
+import trustme
+from faults import some_of
+from interpose import CHANGING, Action, Call, Nursery, Program, work
 from lab import wait_until
 from receiver_process import make_artifact
-from sweep import ERRORS, FULL, KILL, WAYS, Look, Point, Scene, check_served, check_store, seed, some_ways, sweep
+from sweep import (
+    FAILURES,
+    KILL,
+    READ_FAILURES,
+    WAYS,
+    Look,
+    Point,
+    Scene,
+    Wrong,
+    check_served,
+    check_store,
+    seed,
+    some_ways,
+    sweep,
+)
 
 pytestmark = [
     pytest.mark.skipif(not work(), reason="seccomp's user notifications do not work here"),
@@ -43,9 +60,9 @@ class Attempt:
         self._options = [*seed(self._store, self._artifact), "--listen", f"127.0.0.1:{port}"]
         self._out, self._log = directory / "receiver" / "out", directory / "receiver" / "log"
 
-    def run(self, point: Point | None) -> Look:
+    def run(self, point: Point | None, calls: frozenset[str]) -> Look:
         look = Look(("receiver",), {"store": self._store, "log": self._log, "output": self._out}, point)
-        program = self._serve(look)
+        program = self._serve(look, calls)
         try:
             self._ship()
             self.scene.check_nothing_lost(self._store)
@@ -64,10 +81,10 @@ class Attempt:
         check_store(self._store, self._artifact, [self.scene.small, self.scene.big])
         return look
 
-    def _serve(self, look: Look | None = None) -> Program:
+    def _serve(self, look: Look | None = None, calls: frozenset[str] = CHANGING) -> Program:
         """Until it answers, or has ended."""
         self._out.write_bytes(b"")
-        program = self._receiving.start(*self._options, out=self._out, log=self._log, look=look)
+        program = self._receiving.start(*self._options, out=self._out, log=self._log, look=look, calls=calls)
         wait_until(lambda: program.ended or self._out.read_bytes() or self._listens(look), "a receiver")
         return program
 
@@ -87,11 +104,95 @@ def test_at_each_system_call(way: str, tmp_path: Path) -> None:
     port, numbers = free_port(), itertools.count()
     with contextlib.closing(Nursery()) as shipping, contextlib.closing(Nursery()) as receiving:
 
-        def attempt(point: Point | None) -> Look:
+        def attempt(point: Point | None, calls: frozenset[str]) -> Look:
             one = Attempt(tmp_path / str(next(numbers)), shipping, receiving, port, way)
-            look = one.run(point)
+            look = one.run(point, calls)
             one.scene.remove()
             return look
 
-        recordings = [attempt(None).calls for _ in range(faults.times(2))]
-        sweep("receiver", way, recordings, attempt, kinds=(KILL, FULL, *ERRORS))
+        sweep("receiver", way, attempt, kinds=(KILL, *FAILURES, *READ_FAILURES))
+
+
+class Several:
+    """One receiver of two processes, for all attempts: one that lost a process must go on by itself."""
+
+    def __init__(self, directory: Path, shipping: Nursery, receiving: Nursery, *, tls: bool) -> None:
+        self._shipping, self._receiving = shipping, receiving
+        self._directory = directory / "receiver"
+        self._store = self._directory / "store"
+        self._artifact = make_artifact("held")
+        self._options = [*seed(self._store, self._artifact), "--workers", "2"]
+        self._out, self._log = self._directory / "out", self._directory / "log"
+        self._ca_file = str(self._certify()) if tls else ""
+        self._look: Look | None = None
+        self._stored: list[str] = []
+        self._directories = (directory / str(number) for number in itertools.count())
+        self._start()
+
+    def _certify(self) -> Path:
+        authority = trustme.CA()
+        issued = authority.issue_cert("127.0.0.1")
+        names = {"ca": authority.cert_pem, "cert": issued.cert_chain_pems[0], "key": issued.private_key_pem}
+        for name, pem in names.items():
+            pem.write_to_path(self._directory / name)
+        for name in ("cert", "key"):
+            self._options += ["--set", f"receiver.tls_{name}={self._directory / name}"]
+        return self._directory / "ca"
+
+    def _start(self) -> None:
+        self._out.write_bytes(b"")
+        options = [*self._options, "--listen", "127.0.0.1:0"]
+        self._program = self._receiving.start(*options, out=self._out, log=self._log, look=self._see)
+        wait_until(lambda: self._program.ended or self._out.read_bytes(), "a receiver")
+        self._url = self._out.read_text().strip()
+
+    def _see(self, call: Call) -> Action:
+        look = self._look
+        return look(call) if look is not None else None
+
+    def attempt(self, point: Point | None, _calls: frozenset[str]) -> Look:
+        """One pass of a shipper: who lost a process in it is served by the other one, without being asked again."""
+        directory = next(self._directories)
+        number = int(directory.name)
+        scene = Scene(directory, self._url, WAYS["sent while packed"], number, ca_file=self._ca_file)
+        self._stored += [scene.small, scene.big]
+        places = {"store": self._store, "log": self._log, "output": self._out}
+        self._look = look = Look(("first process", "serving process"), places, point)
+        try:
+            self._ship(scene)
+            scene.check_nothing_lost(self._store)
+            killed = point is not None and point.fault == KILL
+            if not killed:
+                look.free()
+                self._ship(scene)
+        finally:
+            self._look = None
+        scene.check_all_right(self._store)
+        if self._program.ended:
+            raise Wrong("untidy", f"it ended with {self._program.wait()}:\n{self._log.read_text(errors='replace')}")
+        wait_until(lambda: len(self._serving()) == 2, "another serving process in the place of the dead one")
+        check_served(self._log, 0, point)
+        scene.remove()
+        return look
+
+    def _serving(self) -> list[psutil.Process]:
+        return [one for one in psutil.Process(self._program.pid).children() if one.status() != psutil.STATUS_ZOMBIE]
+
+    def _ship(self, scene: Scene) -> None:
+        code = self._shipping.start(*scene.once, out=scene.out, log=scene.log).wait()
+        scene.check_log(code, None)
+
+    def end(self) -> None:
+        """SIGTERM, and what is in the store then."""
+        self._program.signal(signal.SIGTERM)
+        check_served(self._log, self._program.wait(), None)
+        check_store(self._store, self._artifact, self._stored)
+
+
+@pytest.mark.parametrize("tls", some_of([False, True], "receiver of several", least=2 if faults.SHARE >= 0.1 else 1))
+def test_at_each_system_call_of_one_process_of_two(tls: bool, tmp_path: Path) -> None:
+    with contextlib.closing(Nursery()) as shipping, contextlib.closing(Nursery()) as receiving:
+        several = Several(tmp_path, shipping, receiving, tls=tls)
+        way = f"two processes{' and TLS' if tls else ''}"
+        sweep("receiver", way, several.attempt, kinds=(KILL, *FAILURES))
+        several.end()

@@ -6,12 +6,11 @@ import contextlib
 import itertools
 from pathlib import Path
 
-import faults
 import pytest
 from interpose import Nursery, work
 from lab import Receiver
 from receiver_process import make_artifact
-from sweep import ERRORS, FULL, KILL, KILL_ALL, WAYS, Look, Point, Scene, check_store, seed, some_ways, sweep
+from sweep import FAILURES, KILL, KILL_ALL, READ_FAILURES, WAYS, Look, Point, Scene, check_store, seed, some_ways, sweep
 
 pytestmark = [
     pytest.mark.skipif(not work(), reason="seccomp's user notifications do not work here"),
@@ -28,12 +27,12 @@ def test_at_each_system_call(way: str, tmp_path: Path) -> None:
     numbers = itertools.count()
     with contextlib.closing(Nursery()) as nursery, contextlib.closing(Receiver(store, *options)) as receiver:
 
-        def attempt(point: Point | None) -> Look:
+        def attempt(point: Point | None, calls: frozenset[str]) -> Look:
             number = next(numbers)
             scene = Scene(tmp_path / str(number), receiver.url, WAYS[way], number)
             stored.extend((scene.small, scene.big))
             look = Look(("supervisor", "worker"), scene.places, point)
-            code = nursery.start(*scene.once, out=scene.out, log=scene.log, look=look).wait()
+            code = nursery.start(*scene.once, out=scene.out, log=scene.log, look=look, calls=calls).wait()
             scene.check_log(code if code >= 0 else None, point)
             scene.check_nothing_lost(store)
             if point is not None:
@@ -43,6 +42,5 @@ def test_at_each_system_call(way: str, tmp_path: Path) -> None:
             scene.remove()
             return look
 
-        recordings = [attempt(None).calls for _ in range(faults.times(2))]
-        sweep("shipper", way, recordings, attempt, kinds=(KILL, KILL_ALL, FULL, *ERRORS))
+        sweep("shipper", way, attempt, kinds=(KILL, KILL_ALL, *FAILURES, *READ_FAILURES))
     check_store(store, artifact, stored)

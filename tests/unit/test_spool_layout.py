@@ -34,6 +34,19 @@ def test_no_root_is_refused(root: str) -> None:
     assert "fastship init" in refused.value.remedy
 
 
+def test_a_directory_that_cannot_be_looked_at_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout(tmp_path / "spool")
+    layout.create()
+
+    def unreadable(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(os, "statvfs", unreadable)
+    with pytest.raises(SpoolError, match="Input/output error") as refused:
+        layout.create()
+    assert "kernel's log" in refused.value.remedy
+
+
 @pytest.mark.parametrize("name", DIRECTORIES)
 @pytest.mark.parametrize("kind", ["file", "link", "dangling"])
 def test_what_is_no_directory_is_refused(tmp_path: Path, name: str, kind: str) -> None:

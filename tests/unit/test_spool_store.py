@@ -26,6 +26,7 @@ from fastship.episode import MARKER
 from fastship.errors import UsageError
 from fastship.lifecycle import State, infer
 from fastship.spool import Spool
+from fastship.spool import store as spool_store
 from fastship.spool.reason import REASON_FILE
 
 
@@ -561,6 +562,40 @@ def test_a_quarantine_that_the_disk_refuses_is_taken_back(spool: Spool, monkeypa
     assert os.listdir(spool.paths.quarantine) == []
     spool.finish_quarantines()
     assert (spool.paths.episodes / "one").is_dir()
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["the same process", "another"])
+def test_an_entry_that_is_put_back_is_not_condemned_by_what_was_left(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    make_episode(spool.paths.episodes, "one")
+    make_episode(spool.paths.episodes, "two")
+    with monkeypatch.context() as patch:
+        patch.setattr(spool_store, "put_reason", raise_full)
+        for name in ("one", "two"):
+            with pytest.raises(OSError, match="No space"):
+                condemn(spool, name)
+    assert spool.unfinished
+    if again:
+        spool = Spool(spool.paths.root)
+    spool.retry("one")
+    spool.drop_quarantined("two")
+    make_episode(spool.paths.episodes, "two")
+    assert not spool.unfinished
+    Spool(spool.paths.root).finish_quarantines()
+    assert sorted(os.listdir(spool.paths.episodes)) == ["one", "two"]
+    assert os.listdir(spool.paths.quarantine) == []
+
+
+def test_a_decision_that_cannot_be_read_stops_nothing(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    (spool.paths.quarantine / ".condemned-0123.json").write_bytes(b"x")
+
+    def unreadable(_: Path) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "read_bytes", unreadable)
+    spool.finish_quarantines()
+    assert spool.unfinished
 
 
 def raise_full(*_: object) -> None:

@@ -18,6 +18,7 @@ from fastship.lifecycle.events import Event, Found, Gone, Released
 from fastship.pack import fingerprint
 from fastship.settings import Settings
 from fastship.spool import HoldRecord, Look, Spool, requests
+from fastship.spool import store as spool_store
 from fastship.supervisor import patrol as patrol_module
 from fastship.supervisor.loop import policy_of
 from fastship.supervisor.patrol import Patrol
@@ -218,3 +219,17 @@ def test_a_heartbeat_that_raises_does_not_end_the_pass(beat: Beat) -> None:
 
     beat.patrol.turn(heartbeat)
     assert not (beat.spool.paths.outbox / "gone.tar.zst").exists()
+
+
+def test_a_quarantine_that_a_fault_of_the_disk_interrupted_is_completed_without_a_restart(
+    beat: Beat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_episode(beat.spool.paths.episodes, "ep")
+    beat.patrol.repair()
+    with monkeypatch.context() as patch:
+        patch.setattr(spool_store, "put_reason", lambda *_: os.listdir("/nowhere"))
+        with pytest.raises(OSError, match="nowhere"):
+            beat.spool.quarantine("ep", status_code=422, error="no", body="")
+    beat.patrol.turn(None)
+    assert sorted(os.listdir(beat.spool.paths.quarantine)) == ["ep"]
+    assert (beat.spool.paths.quarantine / "ep" / "quarantine_reason.json").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import queue
 import threading
@@ -28,7 +29,7 @@ from scripted_server import (
 )
 
 from fastship.episode import Outcome, Scope, Verdict
-from fastship.upload import Artifact, Session, ship
+from fastship.upload import Artifact, Growing, Session, ship
 from fastship.upload.curl import Transfers
 
 
@@ -67,6 +68,26 @@ def test_an_artifact_that_was_given_up_is_asked_for_and_not_sent(small: Artifact
         verdict = ship(small, to(server), UPLOAD, first_attempt=False)
     assert verdict.outcome is (Outcome.SHIPPED if stored else Outcome.DAMAGED)
     assert [head.method for head in server.heads] == ["PUT"]
+
+
+def test_an_artifact_whose_sending_failed_while_it_was_packed_still_gets_its_verdict(
+    small: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdicts: queue.SimpleQueue[tuple[str, Verdict]] = queue.SimpleQueue()
+
+    def unreadable(_: int) -> os.stat_result:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with Server(accept_all) as server:
+        with Session(to(server), UPLOAD, on_verdict=lambda *told: verdicts.put(told)) as session:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fstat", unreadable)
+                advance = session.stream(Growing(small.manifest.episode, small.path), 10_000)
+                wait_until(lambda: session.queued == session.in_flight == 0)
+            advance(20_000)
+            session.submit(small, first_attempt=True)
+            _, verdict = verdicts.get(timeout=GENEROUS_S)
+        assert verdict.outcome is Outcome.SHIPPED
 
 
 def test_an_artifact_that_shrinks_while_it_is_sent_is_packed_again(large: Artifact) -> None:

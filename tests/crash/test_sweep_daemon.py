@@ -1,0 +1,86 @@
+"""``fastship run``, supervisor and workers, killed or failed at each of its system calls: see ``sweep``.
+
+One marker comes while it runs, and SIGTERM when nothing is left to do. Until then it has no help: where a worker was
+killed, or a call failed, the daemon that lives must come to the end by itself. One that was killed, or could not begin,
+is started again; `Program.wait` waits for the end of every worker that it had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from interpose import Nursery, Program, Stuck, work
+from lab import Receiver, wait_until
+from receiver_process import make_artifact
+from sweep import FAILURES, KILL, KILL_ALL, WAYS, Look, Point, Scene, check_store, seed, some_ways, sweep
+
+pytestmark = [
+    pytest.mark.skipif(not work(), reason="seccomp's user notifications do not work here"),
+    pytest.mark.timeout(7200),
+]
+
+FULL_S = 0.5  # some turns of the supervisor's loop
+
+
+def settle(scene: Scene, program: Program, look: Look, *, but: str = "") -> None:
+    """Until the daemon has ended, or has nothing left to do. Raises `Stuck`."""
+    try:
+        if look.lasts:
+            wait_until(lambda: program.ended or look.struck or scene.is_settled(but=but), "a fault")
+            time.sleep(FULL_S if look.struck else 0.0)
+            look.free()
+        wait_until(lambda: program.ended or scene.is_settled(but=but), "the end of all episodes")
+    except AssertionError as error:
+        raise Stuck(f"{error}:\n{scene.log.read_text(errors='replace')}") from None
+
+
+def end(scene: Scene, program: Program, point: Point | None) -> int:
+    """SIGTERM for one that lives; its exit code."""
+    if not program.ended:
+        program.signal(signal.SIGTERM)
+    code = program.wait()
+    scene.check_log(code if code >= 0 else None, point)
+    return code
+
+
+@pytest.mark.parametrize("way", some_ways(["sent while packed", "resumable"], "daemon"))
+def test_at_each_system_call(way: str, tmp_path: Path) -> None:
+    """One receiver takes the episodes of all attempts: they have names of their own."""
+    store, artifact = tmp_path / "receiver" / "store", make_artifact("held")
+    _, _, _, *options = seed(store, artifact)
+    stored: list[str] = []
+    numbers = itertools.count()
+    with contextlib.closing(Nursery()) as nursery, contextlib.closing(Receiver(store, *options)) as receiver:
+
+        def attempt(point: Point | None, calls: frozenset[str]) -> Look:
+            number = next(numbers)
+            scene = Scene(tmp_path / str(number), receiver.url, WAYS[way], number, late=True)
+            stored.extend((scene.small, scene.big))
+            look = Look(("supervisor", "worker"), scene.places, point)
+            program = nursery.start(*scene.run, out=scene.out, log=scene.log, look=look, calls=calls)
+            try:
+                settle(scene, program, look, but=scene.small)
+                scene.finish()
+                settle(scene, program, look)
+                code = end(scene, program, point)
+                scene.check_nothing_lost(store)
+                if code:
+                    program = nursery.start(*scene.run, out=scene.out, log=scene.log)
+                    settle(scene, program, Look((), {}))
+                    assert end(scene, program, None) in (0, -signal.SIGTERM)  # which came before it listened
+            finally:
+                program.kill()
+            if point is not None:
+                code = nursery.start(*scene.once, out=scene.out, log=scene.log).wait()
+                scene.check_log(code, None)
+            scene.check_all_right(store)
+            scene.remove()
+            return look
+
+        sweep("daemon", way, attempt, kinds=(KILL, KILL_ALL, *FAILURES))
+    check_store(store, artifact, stored)
