@@ -59,6 +59,15 @@ class EpisodeResult(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
 
 
+class WaitingEpisode(msgspec.Struct, frozen=True, kw_only=True):
+    """An episode that is tried again by itself: what keeps failing is seen here, however much else goes on."""
+
+    episode: str
+    attempts: int  # in a row, without a verdict on the episode
+    retry_in_s: float
+    error: str = ""  # of the last one
+
+
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     number: int
     pid: int
@@ -137,6 +146,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     destination: DestinationStatus
     progress: list[EpisodeProgress] = []
     recent: list[EpisodeResult] = []  # the last 20, newest last
+    waiting: list[WaitingEpisode] = []  # the 20 that were tried most often, those first
     workers: list[WorkerStatus] = []
     host: HostStatus | None = None  # None: it does not give way
     disk: DiskStatus | None = None

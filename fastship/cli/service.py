@@ -195,6 +195,10 @@ def _write_snapshot(snapshot: status_file.Snapshot, *, running: bool) -> None:
             for one in snapshot.progress
         ]
         write_table(["UNDER WAY", "STAGE", "", "DONE", "RATE"], rows, right=frozenset({2, 3, 4}))
+    if running and snapshot.waiting:
+        write_line()
+        rows = [[one.episode, str(one.attempts), format_seconds(one.retry_in_s), one.error] for one in snapshot.waiting]
+        write_table(["WAITING", "TRIED", "AGAIN IN", "ERROR"], rows, right=frozenset({1, 2}))
     if snapshot.recent:
         write_line()
         rows = [

@@ -138,6 +138,7 @@ def worker_main(arguments: list[str]) -> int:
         os.write(int(arguments[2]), b"r")
         os.close(int(arguments[2]))
 
+    logging.raiseExceptions = False  # a line that a full disk does not take is lost, without a traceback in its place
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     with listening, _signals_end_quietly() as told:
@@ -157,7 +158,11 @@ class _Processes:
 
     def run(self, announce: Callable[[], None]) -> None:
         shutil.rmtree(self._metrics, ignore_errors=True)
-        self._metrics.mkdir()
+        try:
+            self._metrics.mkdir(exist_ok=True)
+        except OSError as error:
+            remedy = "the receiver's root must take new files: is it full, or mounted read-only?"
+            raise ReceiverError(f"{self._metrics}: cannot be made: {error.strerror}", remedy=remedy) from None
         before = {number: signal.signal(number, self._end) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self._start(self._settings.workers)
@@ -176,9 +181,11 @@ class _Processes:
 
     def _start(self, count: int) -> None:
         """Start ``count`` processes and wait until all are ready. Raises `ReceiverError` when one is not."""
-        waiting = [self._spawn() for _ in range(count)]
+        waiting: list[int] = []
         deadline = time.monotonic() + _BOOT_TIMEOUT_S
         try:
+            while len(waiting) < count:
+                waiting.append(self._spawn())
             for said in waiting:
                 if not self._wait_ready(said, deadline):
                     raise ReceiverError(
@@ -192,7 +199,11 @@ class _Processes:
                 os.close(said)
 
     def _spawn(self) -> int:
-        said, says = os.pipe()
+        """One more process: where it will say that it is ready. Raises `ReceiverError` when the system gives none."""
+        try:
+            said, says = os.pipe()
+        except OSError as error:
+            raise _not_given(error) from None
         command = [
             sys.executable,
             "-m",
@@ -202,8 +213,8 @@ class _Processes:
             str(says),
         ]
         environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(self._metrics.absolute())}
-        self._processes.append(
-            subprocess.Popen(
+        try:
+            process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else None,
@@ -212,8 +223,12 @@ class _Processes:
                 # Ctrl-C of a terminal goes to its whole group; only the first process is to hear it.
                 process_group=0,
             )
-        )
-        os.close(says)
+        except OSError as error:
+            os.close(said)
+            raise _not_given(error) from None
+        finally:
+            os.close(says)
+        self._processes.append(process)
         return said
 
     def _wait_ready(self, said: int, deadline: float) -> bool:
@@ -233,14 +248,16 @@ class _Processes:
             self._processes.remove(process)
             _log.error("a serving process (%d) ended with code %s; starting another", process.pid, process.returncode)
             _forget_gauges(self._metrics, process.pid)
-        if dead:
+        missing = self._settings.workers - len(self._processes)
+        if missing:
             time.sleep(_RESTART_PAUSE_S)
             try:
-                self._start(len(dead))
-            except ReceiverError:
+                self._start(missing)
+            except ReceiverError as error:
                 if all(process.poll() is not None for process in self._processes):
                     raise
-                # The others serve on; the one that did not start is found dead at the next look.
+                # The others serve on; what did not start is missing, or found dead, at the next look.
+                _log.error("%s; it is tried again", error.message)
 
     def _stop(self) -> None:
         for process in self._processes:
@@ -360,9 +377,15 @@ def _signals_end_quietly() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def _not_given(error: OSError) -> ReceiverError:
+    remedy = "is there room for processes, memory and open files?"
+    return ReceiverError(f"a serving process cannot be started: {error.strerror}", remedy=remedy)
+
+
 def _forget_gauges(directory: Path, pid: int) -> None:
-    for path in directory.glob(f"gauge_live*_{pid}.db"):
-        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a figure that is too high stops no replacement
+        for path in directory.glob(f"gauge_live*_{pid}.db"):
+            path.unlink(missing_ok=True)
 
 
 def _has_descriptor(stream: Any) -> bool:

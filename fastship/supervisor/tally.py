@@ -5,6 +5,7 @@ Decides nothing. Imports ``lifecycle``, ``status``; the supervisor's loop import
 
 from __future__ import annotations
 
+import heapq
 import os
 import time
 from collections import deque
@@ -130,6 +131,7 @@ class Tally:
             ),
             progress=[_progress(hand, one) for hand in present for one in hand.under_way],
             recent=list(self._recent),
+            waiting=_waiting(book),
             workers=[_worker(hand, book) for hand in present],
         )
 
@@ -144,6 +146,21 @@ def _progress(hand: Hand, one: UnderWay) -> status.EpisodeProgress:
         seconds=one.seconds,
         still_s=round(hand.still_s.get(one.episode, 0.0), 1),
     )
+
+
+def _waiting(book: Book) -> list[status.WaitingEpisode]:
+    now = time.monotonic()
+    entries = (book.entries[episode] for episode in book.waiting)
+    most = heapq.nlargest(RECENT, entries, key=lambda entry: (entry.attempts, entry.episode))
+    return [
+        status.WaitingEpisode(
+            episode=entry.episode,
+            attempts=entry.attempts,
+            retry_in_s=round(max(0.0, entry.not_before - now), 1),
+            error=entry.error,
+        )
+        for entry in most
+    ]
 
 
 def _worker(hand: Hand, book: Book) -> status.WorkerStatus:

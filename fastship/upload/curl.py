@@ -59,6 +59,7 @@ STALL_LOOKS = 4
 """A stall is noticed after between 1 and 1 + 1/STALL_LOOKS times its limit."""
 
 _DNS = {pycurl.E_COULDNT_RESOLVE_PROXY, pycurl.E_COULDNT_RESOLVE_HOST}
+_CUT = ("unexpected eof", "Connection reset", "Broken pipe", "SSL_ERROR_SYSCALL")  # a handshake, in libcurl's words
 # 35 handshake, 60 peer not verified, 53 54 66 80 engine and close, 64 no TLS, 83 issuer, 90 91 pin and status.
 _TLS = {35, 53, 54, 60, 64, 66, 80, 83, 90, 91}
 # 1 protocol, 2 initialisation, 3 URL, 27 memory, 43 bad call, 47 redirects, 58 client certificate, 59 ciphers,
@@ -498,6 +499,8 @@ def _kind(code: int, message: str) -> FaultKind:
         return FaultKind.DNS
     if code in _SETTINGS:
         return FaultKind.SETTINGS
+    if code == pycurl.E_SSL_CONNECT_ERROR and any(part in message for part in _CUT):
+        return FaultKind.NETWORK  # in the handshake, but nothing was refused: who served there ended, or the line broke
     # A TLS 1.3 server refuses a client certificate after the handshake, as an alert that is read like data.
     if code in _TLS or (code in (pycurl.E_RECV_ERROR, pycurl.E_SEND_ERROR) and "alert" in message):
         return FaultKind.TLS

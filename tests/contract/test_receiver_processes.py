@@ -96,6 +96,21 @@ def test_a_replacement_that_dies_while_it_starts_is_replaced_again(start: Start)
     assert server.stop() == 0
 
 
+def test_a_replacement_that_the_system_does_not_give_is_asked_for_again(start: Start) -> None:
+    server = start(workers=2)
+    first = psutil.Process(server.process.pid)
+    victim, other = first.children()
+    limit = first.rlimit(psutil.RLIMIT_NOFILE)
+    first.rlimit(psutil.RLIMIT_NOFILE, (3, limit[1]))
+    victim.kill()
+    wait_for(lambda: "cannot be started" in server.log.read_text())
+    assert server.request("GET", "/healthz").status == 200
+    first.rlimit(psutil.RLIMIT_NOFILE, limit)
+    wait_for(lambda: bool(set(first.children()) - {victim, other}))
+    assert "Traceback" not in server.log.read_text()
+    assert server.stop() == 0
+
+
 def test_processes_end_with_the_first(start: Start) -> None:
     server = start(workers=2)
     children = psutil.Process(server.process.pid).children()

@@ -8,14 +8,16 @@ is started again; `Program.wait` waits for the end of every worker that it had.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from interpose import Nursery, Program, Stuck, work
-from lab import Receiver, wait_until
+from interpose import READING, Action, Call, Nursery, Program, Stuck, work
+from lab import Receiver, fastship, wait_until
 from receiver_process import make_artifact
 from sweep import FAILURES, KILL, KILL_ALL, WAYS, Look, Point, Scene, check_store, seed, some_ways, sweep
 
@@ -84,3 +86,35 @@ def test_at_each_system_call(way: str, tmp_path: Path) -> None:
 
         sweep("daemon", way, attempt, kinds=(KILL, KILL_ALL, *FAILURES))
     check_store(store, artifact, stored)
+
+
+def test_a_file_that_cannot_be_read_any_more_is_told_and_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """For as long as it lasts the episode stays where it is, and ``fastship status`` says why; then it is shipped."""
+    store = tmp_path / "receiver" / "store"
+    _, _, _, *options = seed(store, make_artifact("held"))
+    with contextlib.closing(Nursery()) as nursery, contextlib.closing(Receiver(store, *options)) as receiver:
+        scene = Scene(tmp_path / "1", receiver.url, WAYS["resumable"])
+        spoilt = True
+
+        def look(call: Call) -> Action:
+            return errno.EIO if spoilt and call.path.endswith("deep/noise") and call.name.startswith("pread") else None
+
+        program = nursery.start(*scene.run, out=scene.out, log=scene.log, look=look, calls=READING)
+        try:
+            wait_until(lambda: not program.ended and tried(scene, scene.big) >= 2, "a second attempt")
+            wait_until(lambda: set(scene.lab.names("episodes")) == {scene.big, "held"}, "the end of all others")
+            scene.check_nothing_lost(store)
+            said = subprocess.run(fastship("status", "-c", scene.settings_file), capture_output=True, text=True).stdout
+            assert "WAITING" in said
+            assert f"{scene.big}/deep/noise cannot be read: Input/output error; look into the kernel's log" in said
+            spoilt = False
+            settle(scene, program, Look((), {}))
+            assert end(scene, program, None) == 0
+        finally:
+            program.kill()
+        scene.check_all_right(store)
+
+
+def tried(scene: Scene, episode: str) -> int:
+    snapshot = scene.lab.snapshot()
+    return max((one.attempts for one in (snapshot.waiting if snapshot else []) if one.episode == episode), default=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import random
 import signal
 import socket
@@ -152,6 +153,7 @@ class Several:
 
     def attempt(self, point: Point | None, _calls: frozenset[str]) -> Look:
         """One pass of a shipper: who lost a process in it is served by the other one, without being asked again."""
+        os.truncate(self._log, 0)
         directory = next(self._directories)
         number = int(directory.name)
         scene = Scene(directory, self._url, WAYS["sent while packed"], number, ca_file=self._ca_file)

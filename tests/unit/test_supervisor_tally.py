@@ -5,7 +5,7 @@ from __future__ import annotations
 from sample import manifest_of, shipped, verdict
 
 from fastship.episode import Outcome, Scope
-from fastship.lifecycle import Book, Policy, decide
+from fastship.lifecycle import Book, Policy, State, decide
 from fastship.lifecycle.events import Answered, Found
 from fastship.supervisor.tally import RECENT, Tally
 
@@ -48,6 +48,19 @@ def test_holds_and_quarantines_are_counted_when_they_are_made() -> None:
     tally.quarantined(book, "b", "refused")
     totals = tally.totals(book)
     assert (totals.conflicts, totals.fatal) == (1, 1)
+
+
+def test_those_that_keep_failing_are_shown_for_as_long_as_they_wait() -> None:
+    book, tally = book_with("a", "b"), Tally("http://x", once=False)
+    for times, episode in enumerate(("a", "b"), 1):
+        entry = book.entries[episode]
+        entry.attempts, entry.error = times, "cannot be read"
+        book.move(entry, State.QUEUED)
+        book.move(entry, State.PACKING)
+        book.move(entry, State.WAITING)
+    first, second = tally.snapshot(book, [], recording=0, draining=False).waiting
+    assert (first.episode, first.attempts, first.error) == ("b", 2, "cannot be read")
+    assert (second.episode, second.attempts) == ("a", 1)
 
 
 def test_in_a_single_pass_the_untried_failed() -> None:

@@ -7,6 +7,7 @@ import os
 import queue
 import socket
 import ssl
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -406,6 +407,29 @@ def test_a_client_certificate_is_shown_and_its_lack_is_the_destinations_fault(
         assert ship(small, shown, UPLOAD).outcome is Outcome.SHIPPED
     assert (refused.outcome, refused.scope) == (Outcome.TRANSIENT, Scope.DESTINATION)
     assert "TLS" in refused.error
+
+
+@pytest.mark.parametrize("how", ["closed", "reset"])
+def test_a_handshake_that_is_cut_is_the_networks_fault_and_tried_again(small: Artifact, how: str) -> None:
+    cut = 0
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def cut_all() -> None:
+            nonlocal cut
+            for _ in range(1 + UPLOAD.retries):
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    linger_s = struct.pack("ii", 1, 0) if how == "reset" else struct.pack("ii", 0, 0)
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_s)
+                    cut += 1
+
+        cutting = threading.Thread(target=cut_all, daemon=True)
+        cutting.start()
+        verdict = ship(small, DestinationSettings(url=f"https://127.0.0.1:{listening.getsockname()[1]}"), UPLOAD)
+        cutting.join()
+    assert (verdict.outcome, verdict.scope) == (Outcome.TRANSIENT, Scope.NETWORK)
+    assert cut == 1 + UPLOAD.retries
 
 
 @pytest.mark.parametrize("setting", ["ca_file", "client_cert"])
