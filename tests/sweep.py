@@ -183,12 +183,17 @@ def _is_possible(call: Point, fault: str) -> bool:
 
 
 def sweep(
-    side: str, way: str, attempt: Callable[[Point | None, frozenset[str]], Look], *, kinds: Sequence[str]
+    side: str,
+    way: str,
+    attempt: Callable[[Point | None, frozenset[str]], Look],
+    *,
+    kinds: Sequence[str],
+    slow: bool = False,
 ) -> None:
     """Try the share of all points that is asked for, of these kinds of fault; fails with all that is wrong.
 
     ``attempt`` is the scenario with the fault, the restart and the comparison, where calls of the set are looked at; it
-    raises `Wrong` and `Stuck`.
+    raises `Wrong` and `Stuck`. ``slow``: the smallest shares are one point of each kind.
     """
     possible = {name: [fault for fault in faults if fault in kinds] for name, faults in KINDS.items()}
     seen = [CHANGING, READING] if possible[_READS[0]] or possible[_READS[1]] else [CHANGING]
@@ -198,7 +203,10 @@ def sweep(
         points = points_of(recordings, possible[kind])
         struck = 0
         bad: Counter[str] = Counter()
-        for point in faults.some_of(points, f"{side} {way} {kind}"):
+        chosen = faults.some_of(points, f"{side} {way} {kind}")
+        if slow and faults.SHARE < 0.1:
+            chosen = faults.some_of(chosen, f"{side} {way} {kind}, one of them")
+        for point in chosen:
             try:
                 struck += attempt(point, READING if kind in _READS else CHANGING).struck
             except (Wrong, Stuck) as error:

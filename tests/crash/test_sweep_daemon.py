@@ -84,7 +84,7 @@ def test_at_each_system_call(way: str, tmp_path: Path) -> None:
             scene.remove()
             return look
 
-        sweep("daemon", way, attempt, kinds=(KILL, KILL_ALL, *FAILURES))
+        sweep("daemon", way, attempt, kinds=(KILL, KILL_ALL, *FAILURES), slow=True)
     check_store(store, artifact, stored)
 
 
