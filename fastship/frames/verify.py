@@ -6,6 +6,7 @@ its siblings, ``errors`` and blake3; the receiver and the command line import it
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -176,21 +177,15 @@ class Digested:
 
     def judge(self) -> VerifiedContent:
         """Read all of it, once. Raises `ArtifactError`, ``InterruptedError``, and what the contents raise."""
-        chunks = iter(self)
-        try:
-            members: int | None = sum(1 for _ in self._counted(TarReader(chunks)))
-        except NotTar:
-            members = None
+        chunks, most = iter(self), self._most_members
+        members: int | None = None
+        with contextlib.suppress(NotTar):
+            members = TarReader(chunks).count(most)
+        if members is not None and most is not None and members > most:
+            raise Bomb(f"it has more than {most} members")
         for _ in chunks:  # the zero blocks, or all that follows what is not tar
             pass
         return VerifiedContent(self._digest.hexdigest(), self._bytes, members if self._bytes else None)
-
-    def _counted(self, tar: TarReader) -> Iterator[None]:
-        most = self._most_members
-        for number, _ in enumerate(tar, 1):
-            if most is not None and number > most:
-                raise Bomb(f"it has more than {most} members")
-            yield
 
     def __iter__(self) -> Iterator[bytes]:
         self._check(self._said_bytes)

@@ -124,6 +124,20 @@ def test_damage_gives_members_or_not_tar_and_nothing_else(data: bytes, at: int, 
         pass
 
 
+@given(st.sampled_from(ARCHIVES), st.integers(0, 1 << 20), st.binary(max_size=30), st.none() | st.integers(0, 12))
+@settings(max_examples=200, deadline=None)
+def test_it_counts_what_it_would_read(data: bytes, at: int, junk: bytes, most: int | None) -> None:
+    at %= len(data)
+    damaged = [data[:at] + junk + data[at + len(junk) :]]
+    try:
+        members = sum(1 for _ in itertools.islice(TarReader(damaged), None if most is None else most + 1))
+    except NotTar:
+        with pytest.raises(NotTar):
+            TarReader(damaged).count(most)
+    else:
+        assert TarReader(damaged).count(most) == members
+
+
 @given(st.binary(min_size=512, max_size=512).map(lambda block: bytes(byte & 0x7F for byte in block)))
 def test_the_sum_by_adler_is_the_sum_of_ascii(block: bytes) -> None:
     assert header_sum(block) == sum(block) % 65521
