@@ -29,9 +29,10 @@ from lab import Lab, Receiver, Sections, noise, read_back, telemetry, tree, wait
 from proxy import Proxy, sent_again
 from scripted_server import Head, Peer, Server
 
+from bench.servers import Nginx, ServerMissing
 from fastship.episode import Manifest, Outcome, Receipt, Verdict
 from fastship.settings import DestinationSettings, UploadSettings
-from fastship.upload import Artifact, Growing, Session
+from fastship.upload import Artifact, Growing, Session, Wanted, download
 
 RUNS = 1000
 PLAIN_RUNS = 200
@@ -250,25 +251,32 @@ class Plain:
             peer.answer(405)
 
 
+def ship_whole_through(port: int, directory: Path, name: str, kept: Callable[[], bytes]) -> Came:
+    """To the server at ``port``, which has ``kept`` then."""
+    chance = faults.chance(f"network {name}")
+    size = chance.choice(SIZES)
+    with contextlib.closing(Proxy(port, chance, chance.randint(1, 8))) as proxy:
+        to = DestinationSettings(url=proxy.url, proof="status")
+        shipping = Shipping(directory, name, size, to, chance)
+        receipt = shipping.run(settings(chance), while_packing=False)
+        passed = list(proxy.passed)
+    assert receipt.verified == "status"
+    assert kept() == shipping.data, passed
+    assert all(each.whole for each in passed)
+    in_vain = sum(each.came_bytes for each in passed if not each.well)
+    assert sum(each.came_bytes for each in passed) <= size + in_vain
+    shipping.artifact.path.unlink()
+    return Came(proxy.played, in_vain)
+
+
 @pytest.mark.timeout(900)
 def test_any_line_to_a_plain_server(tmp_path: Path) -> None:
     plain = Plain()
     numbers = faults.some_of(range(PLAIN_RUNS), "network plain", least=6)
 
     def ship(number: int) -> Came:
-        chance = faults.chance(f"network plain {number}")
-        size = chance.choice(SIZES)
-        with contextlib.closing(Proxy(server.port, chance, chance.randint(1, 8))) as proxy:
-            to = DestinationSettings(url=proxy.url, proof="status")
-            shipping = Shipping(tmp_path, f"plain{number}", size, to, chance)
-            receipt = shipping.run(settings(chance), while_packing=False)
-            passed = list(proxy.passed)
-        assert receipt.verified == "status"
-        assert plain.stored[f"plain{number}"] == shipping.data, passed
-        assert all(each.whole for each in passed)
-        in_vain = sum(each.came_bytes for each in passed if not each.well)
-        assert sum(each.came_bytes for each in passed) <= size + in_vain
-        return Came(proxy.played, in_vain)
+        name = f"plain{number}"
+        return ship_whole_through(server.port, tmp_path, name, lambda: plain.stored[name])
 
     with Server(plain) as server:
         print(outline(all_of(numbers, ship)))
@@ -276,6 +284,46 @@ def test_any_line_to_a_plain_server(tmp_path: Path) -> None:
     faults.count(
         "network: plain servers",
         "the same over whole PUTs to a server that can only say 201",
+        of=PLAIN_RUNS,
+        tried=len(numbers),
+        test="tests/crash/test_network.py",
+    )
+
+
+@pytest.fixture
+def nginx(tmp_path: Path) -> Iterator[Nginx]:
+    try:
+        server = Nginx(tmp_path / "nginx")
+    except ServerMissing:
+        pytest.skip("no nginx here")
+    with server:
+        yield server
+
+
+@pytest.mark.timeout(900)
+def test_any_line_to_nginx(nginx: Nginx, tmp_path: Path) -> None:
+    """And what arrived is what it gives out again, over a line that is as bad."""
+    numbers = faults.some_of(range(PLAIN_RUNS), "network nginx", least=6)
+
+    def ship(number: int) -> Came:
+        name = f"nginx{number}"
+        place = nginx.store / "v1" / "episodes" / name
+        came = ship_whole_through(port_of(nginx.url), tmp_path, name, place.read_bytes)
+        chance = faults.chance(f"network nginx {number} back")
+        data = place.read_bytes()
+        wanted = Wanted(episode=name, artifact_sha256=hashlib.sha256(data).hexdigest(), artifact_bytes=len(data))
+        with contextlib.closing(Proxy(port_of(nginx.url), chance, chance.randint(1, 4))) as proxy:
+            patient = settings(chance, retries=ATTEMPTS, retry_max_s=1.0)  # a Retry-After is of 1 s
+            (found,) = download([wanted], DestinationSettings(url=proxy.url, proof="status"), patient)
+        assert found.verdict == "sound", proxy.passed
+        return Came(came.faults + proxy.played, came.again_bytes)
+
+    print(outline(all_of(numbers, ship)))
+    assert {path.name for path in nginx.artifacts()} == {f"nginx{number}" for number in numbers}
+    wait_until(lambda: not any((nginx.store.parent / "temp").iterdir()), "the end of what was half open")
+    faults.count(
+        "network: nginx",
+        "the same over whole PUTs to a real nginx, and fetched from it again (verify --download) over such a line",
         of=PLAIN_RUNS,
         tried=len(numbers),
         test="tests/crash/test_network.py",
