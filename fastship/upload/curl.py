@@ -47,7 +47,8 @@ READ_BYTES = 256 << 10
 cache between the read, pycurl's copy and the send."""
 
 EXPECT_BYTES = 1 << 20
-"""A body above this asks first (100-continue): below, the round trip costs more than a refused body would."""
+"""A body above this asks first (100-continue): below, the round trip costs more than a refused body would. It is
+libcurl's own limit, and its own field: one that is given to it, it repeats after a 417, thirty times."""
 
 ANSWER_LIMIT_BYTES = 1 << 20
 """An answer's body that goes on for longer is cut: nothing of ours is so long."""
@@ -85,6 +86,7 @@ class Transfers(Generic[Key]):
         self._destination = destination
         self._upload = upload
         self._token = Token(destination.token_file)
+        self._asks_first = True  # with Expect, until a 417 says that it is not understood
         self._agent = f"fastship/{__version__}"
         self._buffer = memoryview(bytearray(READ_BYTES))  # shared: libcurl copies before the next callback can come
         self._bandwidth = Bandwidth(upload.bandwidth, now=time.monotonic())
@@ -112,7 +114,8 @@ class Transfers(Generic[Key]):
             easy, request, artifact_fd, self._buffer, self._bandwidth, self._upload.stall_timeout_s, taker
         )
         try:
-            transfer.configure(self._destination, self._upload, self._agent, self._token.read())
+            token = self._token.read()
+            transfer.configure(self._destination, self._upload, self._agent, token, asks_first=self._asks_first)
             self._multi.add_handle(easy)
         except (pycurl.error, ValueError) as error:  # ValueError: the token; a URL or field of impossible characters
             message = error.args[1] if isinstance(error, pycurl.error) and len(error.args) > 1 else str(error)
@@ -222,6 +225,7 @@ class Transfers(Generic[Key]):
         key = self._keys[easy]
         transfer = self._under_way.pop(key)
         end = transfer.answer() if error is None else transfer.fault(*error)
+        self._asks_first &= not (isinstance(end, Answer) and end.status == 417)
         self._ended.append(Ended(key, end, transfer.sent_bytes()))
         self._remove(transfer)
 
@@ -289,7 +293,9 @@ class _Transfer:
         self.next_look = 0.0
         self._plan_look(self._moved_at)
 
-    def configure(self, destination: DestinationSettings, upload: UploadSettings, agent: str, token: str) -> None:
+    def configure(
+        self, destination: DestinationSettings, upload: UploadSettings, agent: str, token: str, *, asks_first: bool
+    ) -> None:
         set_option = self.easy.setopt
         set_option(pycurl.URL, self._request.url)
         set_option(pycurl.NOSIGNAL, 1)
@@ -318,7 +324,8 @@ class _Transfer:
             set_option(pycurl.UPLOAD_BUFFERSIZE, READ_BYTES)
             set_option(pycurl.READFUNCTION, self._on_read)
             set_option(pycurl.SEEKFUNCTION, self._on_seek)
-            fields.append("Expect: 100-continue" if length > EXPECT_BYTES else "Expect:")
+            if length <= EXPECT_BYTES or not asks_first:
+                fields.append("Expect:")  # of more libcurl asks by itself
         set_option(pycurl.CUSTOMREQUEST, self._request.method)
         set_option(pycurl.HTTPHEADER, fields)
 

@@ -50,6 +50,7 @@ from fastship.upload.verdict import (
     verdict_of_misbehaviour,
     verdict_of_status,
 )
+from fastship.upload.webdav import find_directory, may_lack_directory
 
 RESTARTS = 2
 """Times that an artifact is sent again from 0 because it arrived with a wrong digest and is right here."""
@@ -329,6 +330,8 @@ class _NativeCourse:
         self._url: str | None = None  # of the upload's resource
         self._highest = 0  # offset the receiver ever named, since the last restart
         self._resumed_at = 0
+        self._plain = destination.proof == "status"
+        self._made_directory = False
         self._doubted = False  # a refusal for good was asked for once more
 
     def run(self, first_attempt: bool) -> Course:
@@ -350,7 +353,7 @@ class _NativeCourse:
 
     def _ask_anew(self) -> Request:
         """The request that finds out where things stand: idempotent, and the answer to every doubt."""
-        if self._destination.proof == "status":
+        if self._plain:
             return self._whole()
         return prepare_creation(self._manifest, self._destination, self._upload)
 
@@ -374,6 +377,10 @@ class _NativeCourse:
                 return verdict_of_misbehaviour(answer, reading.error, self._resumed_at)
             case Final() if answer.status in (200, 201, 204):
                 return (yield from prove(answer, self._manifest, self._destination, self._upload, self._resumed_at))
+            case Final() if may_lack_directory(answer):
+                head = prepare_proof(self._manifest, self._destination, self._upload)
+                make, self._made_directory = self._plain and not self._made_directory, True
+                return (yield from find_directory(answer, head, self._resumed_at, make=make)) or self._whole()
             case Final():
                 verdict = verdict_of_final(answer, self._resumed_at)
                 if verdict.outcome is Outcome.REJECTED and answer.status != 422 and not self._doubted:

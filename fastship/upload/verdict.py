@@ -48,6 +48,10 @@ _STATUS: dict[int, Row] = {
     411: Row(_T, _D, False, "it asks for a Content-Length, which was sent: is there a proxy between?"),
     # The original's S10: the recorder's commit is not on the allow-list; the body says what to run.
     412: Row(Outcome.REJECTED, _E, False, "the receiver refuses the commit this episode was recorded with"),
+    # Of HTTP itself, said by servers and proxies; after a 417 the next request goes without Expect.
+    417: Row(_T, _D, True, "it does not know Expect: 100-continue; is there a proxy between?"),
+    426: Row(_T, _D, False, "it wants another protocol; is destination.url to begin with https?"),
+    431: Row(_T, _D, False, "the fields of the request are too many for it; is there a proxy between?"),
     # The connection reached a server that is not responsible for this host name.
     421: Row(_T, _D, False, "the request was misdirected; see destination.url"),
     # TLS early data was not accepted; the same request later is.
@@ -72,6 +76,14 @@ _RANGES: dict[int, Row] = {
     # The original's S8: the server's bad moment.
     5: Row(_T, _N, True, "the destination failed"),
 }
+# Pages are a web server's or a proxy's own, and nobody's verdict on an episode. Of one attempt, because one request may
+# be odd; three in a row are the destination's (plain HTTP to a TLS port, a client certificate that nginx wants: 400).
+_PAGE = Row(_T, _N, False, "a web server or proxy refuses the request, not a receiver; see destination.url")
+# Said of the size alone: smaller episodes pass, and this one when the limit is raised.
+_PAGE_413 = Row(
+    _T, _E, False, "too large for a web server or proxy on the way; raise its limit (nginx: client_max_body_size)"
+)
+_TO_TLS = b"HTTP request to an HTTPS server"  # Go's net/http, in plain text
 _NONSENSE = Row(_T, _D, False, "this is not a final HTTP status")
 
 _FAULTS: dict[FaultKind, Row] = {
@@ -90,10 +102,16 @@ _FAULTS: dict[FaultKind, Row] = {
 def row_of_status(answer: Answer) -> Row:
     """The table's row for an answer that is the verdict on the episode but not a success."""
     row = _STATUS.get(answer.status) or _RANGES.get(answer.status // 100, _NONSENSE)
+    if row is _RANGES[4] and (_is_page(answer) or _TO_TLS in answer.body):
+        return _PAGE_413 if answer.status == 413 else _PAGE
     if answer.status == 503 and retry_after_s(answer) is not None:
         # An overload that says when it will be over is the destination's; without that it is a 5xx like others.
         return msgspec.structs.replace(row, scope=Scope.DESTINATION, meaning="the destination is overloaded")
     return row
+
+
+def _is_page(answer: Answer) -> bool:
+    return (answer.field("Content-Type") or "").lower().startswith("text/html")
 
 
 def row_of_fault(fault: Fault) -> Row:
