@@ -5,7 +5,7 @@ the exit code is that of `fastship.errors`; one of our errors is a sentence and 
 error nobody foresaw is a sentence, exit 70, and a file with the traceback. Importing this package is cheap: each
 command imports what it needs when it runs, so that ``--help`` and ``status`` never load curl, zstd or uvicorn.
 
-The top layer: only ``fastship.__main__`` and the console script import it.
+The top layer: only ``fastship.__main__`` imports it.
 """
 
 from __future__ import annotations

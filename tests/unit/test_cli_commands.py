@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tarfile
@@ -203,6 +204,20 @@ def test_every_error_of_ours_is_a_sentence_with_its_exit_code(run: Run, monkeypa
 
         monkeypatch.setattr(setup, "_values", fail)
         assert run("config", "show") == Ran(kind.exit_code, "", "fastship: error: it is\\033[2J so\n  try: do this\n")
+
+
+def test_an_interrupt_while_a_command_loads_ends_it_quietly() -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from fastship.__main__ import main\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'fastship.cli': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "main()\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_interrupted_is_130_without_a_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
