@@ -18,10 +18,13 @@ from fastship.cli.output import format_bytes, format_rate, format_ratio, format_
 from fastship.status import DiskStatus, EpisodeProgress, EpisodeResult, HostStatus, RetentionStatus, Snapshot
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console
     from rich.text import Text
 
 _STYLES = {"shipped": "green", "conflict": "yellow", "quarantined": "red", "transient": "yellow"}
+_ASCII = str.maketrans(
+    {"\N{BOX DRAWINGS HEAVY HORIZONTAL}": "-", "\N{HORIZONTAL ELLIPSIS}": ".", "\N{CHECK MARK}": "+"}
+)
 _REDRAW_S = 0.1  # ten pictures a second look smooth; each costs about 2 ms here
 
 
@@ -114,13 +117,24 @@ class _Picture:
             with contextlib.suppress(OSError):
                 self._live.stop()  # which also gives back ``sys.stderr``
 
-    def draw(self, picture: RenderableType) -> None:
-        """In place of what was drawn last."""
+    def draw(self, lines: Sequence[Text]) -> None:
+        """In place of what was drawn last, each cut to the terminal's width."""
+        from rich.console import Group
+
+        for line in lines:
+            line.truncate(self.console.width, overflow="ellipsis")
+        picture = Group(*map(self._as_encoded, lines))
         self._try(lambda: self._live.update(picture, refresh=True))
 
     def say(self, line: Text) -> None:
         """Above it, to stay."""
-        self._try(lambda: self.console.print(line, overflow="fold"))
+        self._try(lambda: self.console.print(self._as_encoded(line), overflow="fold"))
+
+    def _as_encoded(self, line: Text) -> Text:
+        """Without what the terminal's encoding may not have: an escape of it would be wider."""
+        if not self.console.encoding.startswith("utf"):
+            line.plain = line.plain.translate(_ASCII)
+        return line
 
     def _try(self, step: Callable[[], None]) -> None:
         if self._drawing:
@@ -150,17 +164,14 @@ class LiveDisplay:
 
         results = self._new.of(snapshot)
         for result in results:
-            good = "\N{CHECK MARK}" if self._shown.console.encoding.startswith("utf") else "+"
-            mark = good if result.outcome == "shipped" else "!"
+            mark = "\N{CHECK MARK}" if result.outcome == "shipped" else "!"
             self._shown.say(Text.assemble((f"{mark} ", _STYLES.get(result.outcome, "")), result_line(result)))
         now = time.monotonic()
         if results or now - self._drawn_at >= _REDRAW_S:
             self._drawn_at = now
             self._shown.draw(self._picture(snapshot))
 
-    def _picture(self, snapshot: Snapshot) -> RenderableType:
-        from rich.console import Group
-
+    def _picture(self, snapshot: Snapshot) -> list[Text]:
         width = self._shown.console.width
         room = max(3, self._shown.console.height - 5)
         lines = [_header(snapshot, width), *(_progress_line(one, width) for one in snapshot.progress[:room])]
@@ -170,9 +181,7 @@ class LiveDisplay:
             lines.append(_line(_destination_line(snapshot), "yellow"))
         if snapshot.host is not None and snapshot.host.why:
             lines.append(_line(f"packing: {packing_line(snapshot.host)}", "yellow"))
-        for line in lines:
-            line.truncate(width, overflow="ellipsis")
-        return Group(*lines)
+        return lines
 
 
 def _line(text: str, style: str = "") -> Text:
@@ -299,7 +308,7 @@ def byte_progress(title: str, total_bytes: int, *, quiet: bool) -> Iterator[Call
                 ),
                 picture.console.width,
             )
-            picture.draw(line)
+            picture.draw([line])
 
         yield show
 
@@ -317,9 +326,7 @@ def step_progress(*, quiet: bool) -> Iterator[Callable[[str], None]]:
     with _Picture() as picture:
 
         def show(step: str) -> None:
-            line = _line(f"measuring, {time.monotonic() - started:.0f} s: {printable(step)}", "dim")
-            line.truncate(picture.console.width, overflow="ellipsis")
-            picture.draw(line)
+            picture.draw([_line(f"measuring, {time.monotonic() - started:.0f} s: {printable(step)}", "dim")])
 
         yield show
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 
 import pytest
@@ -90,13 +91,11 @@ def test_the_live_picture_fits_any_width_and_shows_what_is_under_way(width: int)
         )
         for number in range(30)
     ]
-    display = LiveDisplay(console)
-    with display:
+    with LiveDisplay(console) as display:
+        display(snapshot(progress=under_way))
+        lines = re.sub(r"\x1b\[[?0-9]*[a-zA-Z]|\r", "", stream.getvalue()).splitlines()
         display(snapshot(progress=under_way, recent=[shipped("ep-x")]))
     assert "ep-x" in stream.getvalue()
-    with console.capture() as captured:
-        console.print(display._picture(snapshot(progress=under_way)))
-    lines = captured.get().splitlines()
     assert all(len(line) <= width for line in lines)
     assert len(lines) <= 12
     assert any(line.strip().startswith("ep-0-") for line in lines)
@@ -105,6 +104,19 @@ def test_the_live_picture_fits_any_width_and_shows_what_is_under_way(width: int)
         assert "52 %" in lines[1]
         assert "26.0 MB/s" in lines[1]
         assert "23 more" in lines[-1]
+
+
+def test_a_terminal_of_another_encoding_is_given_what_it_has() -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="latin-1", errors="strict")
+    console = Console(file=stream, force_terminal=True, width=80, height=12, color_system=None)
+    one = EpisodeProgress(episode="ep-" + "n" * 60, stage="packing", worker=0, done_bytes=5, total_bytes=10)
+    with LiveDisplay(console) as display:
+        display(snapshot(progress=[one], recent=[shipped("ep-x")]))
+    shown = raw.getvalue().decode("latin-1")
+    assert "+ ep-x" in shown
+    assert "nnn. " in shown
+    assert "-----" in shown
 
 
 @pytest.mark.parametrize("hangs_up", ["before", "while it is drawn on", "at the end"])
