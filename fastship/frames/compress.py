@@ -175,11 +175,18 @@ class FramePool:
 
     def _compress_elsewhere(self, slot: _Slot) -> None:
         while self._alive < self._wanted:
-            self._threads.append(start_thread(self._run, f"frames-{len(self._threads)}"))
+            try:
+                self._threads.append(start_thread(self._run, f"frames-{len(self._threads)}"))
+            except RuntimeError:  # the system has no more: it is asked again at the next frame
+                break
             self._alive += 1
         self._retire_threads(self._wanted)
         slot.begin()
-        self._work.put(slot)
+        if self._alive:
+            self._work.put(slot)
+        else:
+            self._inline.run(slot)
+            slot.end()
 
     def _retire_threads(self, keep: int) -> None:
         while self._alive > keep:

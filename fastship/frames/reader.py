@@ -300,20 +300,27 @@ class FrameThreads:
 
     def decompress(self, compressed: bytes, size: int) -> _Frame:
         if len(self._started) < self._count:
-            self._started.append(start_thread(self._run, f"frames-read-{len(self._started)}"))
+            with contextlib.suppress(RuntimeError):  # the system has no more: those there are do it, or this one
+                self._started.append(start_thread(self._run, f"frames-read-{len(self._started)}"))
         frame = _Frame(compressed, size)
-        self._work.put(frame)
+        if self._started:
+            self._work.put(frame)
+        else:
+            self._do(frame)
         return frame
 
     def _run(self) -> None:
         while (frame := self._work.get()) is not None:
-            try:
-                if not self._left:
-                    frame.decompress()
-            except BaseException as error:  # raised again where it is taken, whatever it is
-                frame.error = error
-            frame.end()
+            self._do(frame)
         self._work.put(None)  # for the next one
+
+    def _do(self, frame: _Frame) -> None:
+        try:
+            if not self._left:
+                frame.decompress()
+        except BaseException as error:  # raised again where it is taken, whatever it is
+            frame.error = error
+        frame.end()
 
 
 _of_thread = threading.local()

@@ -102,6 +102,26 @@ def test_an_artifact_of_one_frame_starts_no_thread() -> None:
         assert threading.active_count() == before
 
 
+@pytest.mark.parametrize("most", [0, 1])
+def test_where_the_system_has_no_thread_for_it_it_is_done_with_those_there_are(
+    monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name == f"frames-{most}":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    data = content(3, 10 * FRAME)
+    with FramePool() as pool:
+        expected = run(pool, data)
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with FramePool(threads=3) as pool:
+        assert run(pool, data) == expected
+        assert len(pool._threads) == most
+
+
 def test_nothing_gives_no_frame() -> None:
     with FramePool(2) as pool:
         assert run(pool, b"") == []

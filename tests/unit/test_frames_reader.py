@@ -246,6 +246,21 @@ def test_no_thread_is_started_for_the_one_frame_that_most_artifacts_have() -> No
     assert list(stream) == []
 
 
+@pytest.mark.parametrize("most", [0, 1])
+def test_where_the_system_has_no_thread_for_it_it_is_read_with_those_there_are(
+    monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name == f"frames-read-{most}":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    assert whole(artifact(), threads=3) == CONTENT
+
+
 def test_a_stream_left_early_ends_its_threads() -> None:
     before = threading.active_count()
     stream: Iterator[bytes] = over(ARTIFACT).stream(3)
