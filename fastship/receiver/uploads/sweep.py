@@ -23,7 +23,7 @@ from fastship.receiver.uploads.bodies import is_free
 from fastship.receiver.uploads.lock import Busy, Gone, UploadLock
 
 _log = logging.getLogger("fastship.receiver")
-_TOKEN = re.compile(r"[0-9a-f]{64}")
+TOKEN = re.compile(r"[0-9a-f]{64}")  # of an upload, whose files are called so
 _ORPHAN_AGE_S = 3600.0  # of files whose process may still be about to use them
 MOST_TOMBSTONES = 100_000  # 400 MB; they spare a client a question, no more
 
@@ -62,7 +62,7 @@ class Sweep:
                     continue
                 if kind == "receipt":
                     expired = age_s > self._max_age_s
-                elif _TOKEN.fullmatch(token):
+                elif TOKEN.fullmatch(token):
                     known = self._read(token) if kind == "lock" else None
                     useless = known is not None and is_stored(known.episode)
                     limit_s = min(_ORPHAN_AGE_S, self._max_age_s) if useless else self._max_age_s

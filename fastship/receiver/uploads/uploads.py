@@ -19,7 +19,6 @@ import hashlib
 import hmac
 import logging
 import os
-import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -35,11 +34,10 @@ from fastship.receiver.uploads.bodies import Bodies
 from fastship.receiver.uploads.lock import Busy, Gone, State, Superseded, UploadLock
 from fastship.receiver.uploads.partial import Digest, Partial, Unsynced, sync_data
 from fastship.receiver.uploads.reserved import Reserved
-from fastship.receiver.uploads.sweep import Sweep
+from fastship.receiver.uploads.sweep import TOKEN, Sweep
 from fastship.receiver.uploads.upload import Upload, note, own
 
 _log = logging.getLogger("fastship.receiver")
-_TOKEN = re.compile(r"[0-9a-f]{64}")
 WAIT_S = 5.0  # for an upload's lock; whoever verifies holds it for longer
 _GENERATIONS = 10**11  # where one may begin; lock has room for ten times as many
 
@@ -467,6 +465,6 @@ def _may(owner: str, known: str) -> bool:
 
 
 def _checked(token: str) -> str:
-    if not _TOKEN.fullmatch(token):
+    if not TOKEN.fullmatch(token):
         raise UnknownUpload
     return token
