@@ -272,7 +272,7 @@ class Receiver:
                 return _NOT_AS_LONG
             if end is not End.WHOLE:
                 if declared.sha256 and not body.sha256:
-                    await self._in(self._io, self._ending.keep_cut, declared, data)
+                    await self._in(self._io, self._keep_cut, request, declared, commit, data)
                 return _GIVEN_UP if end is End.IDLE else None
             answer = self._small.submit(Small(declared, commit, body, data))
             return self._count(await asyncio.shield(asyncio.wrap_future(answer)))
@@ -290,7 +290,7 @@ class Receiver:
                 end = await self._ingest(request, partial, most, digest)
             except OSError as error:
                 if resumable and not isinstance(error, Unsynced):
-                    await self._in(self._io, self._ending.keep, declared, partial)
+                    await self._in(self._io, self._keep, request, declared, partial)
                 return storage_failed(error)
             if end is End.TOO_LONG and declared.length is None:
                 return self._count(decisions.too_large(self._settings.max_bytes))
@@ -298,7 +298,7 @@ class Receiver:
                 return _NOT_AS_LONG
             if end is not End.WHOLE:
                 if resumable:
-                    await self._in(self._io, self._ending.keep, declared, partial)
+                    await self._in(self._io, self._keep, request, declared, partial)
                 return _GIVEN_UP if end is End.IDLE else None
             if digest is not None and digest.hexdigest() != body.sha256:
                 return self._count(answers.digest_mismatch("the body is not what Content-Digest says"))
@@ -309,6 +309,15 @@ class Receiver:
         finally:
             await self._in(self._io, durable.unlink_if_present, partial.path)
             partial.close()
+
+    def _keep_cut(self, request: Request, declared: Declared, commit: str | None, data: bytes) -> None:
+        """Nothing was decided of a small body before it came."""
+        if self._decide(declared, commit) is None and self._shares.may_begin(request.caller, declared) is None:
+            self._ending.keep_cut(declared, data)
+
+    def _keep(self, request: Request, declared: Declared, partial: Partial) -> None:
+        if self._shares.may_begin(request.caller, declared) is None:  # what is kept is an upload as others are
+            self._ending.keep(declared, partial)
 
     async def _create(self, request: Request, declared: Declared, body: Body) -> Answer | None:
         """Way 2, creation: find or begin the upload; the body, if any, is its first bytes."""
@@ -326,7 +335,9 @@ class Receiver:
             if not body.empty and upload.partial.offset == 0:
                 stopped, answer = await self._append(request, upload, body)
                 if stopped and answer is not None and answer.is_about_upload:
-                    answer = answer.with_fields(location)  # who is not told a random name could never go on
+                    return answer.with_fields(location)  # who is not told a random name could never go on
+                if stopped and declared.sha256 is None:
+                    await self._in(self._io, self._ending.forget, upload)
                 if stopped:
                     return answer
             offset = await self._in(self._io, upload.tell)

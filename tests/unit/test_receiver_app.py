@@ -136,3 +136,57 @@ def test_a_range_is_of_a_get_only(app: Receiver) -> None:
         told = request(app, "HEAD", "/v1/episodes/e", range=wanted)
         assert (told.status, told.headers["content-length"]) == (200, str(len(DATA)))
     assert json.loads(request(app, "GET", "/v1/receipts/e").body)["artifact"]["bytes"] == len(DATA)
+
+
+def leave(app: Receiver, data: bytes, said: int, **headers: str) -> None:
+    """A whole artifact of ``said`` bytes of which only ``data`` comes."""
+
+    async def left() -> Reply | None:
+        told = {"content-length": str(said), **{key.replace("_", "-"): headers[key] for key in headers}}
+        asking = Asking(app, scope_of("PUT", "/v1/episodes/e", told.items()))
+        asking.body(data, more=True)
+        asking.disconnect()
+        return await asking.ended()
+
+    assert asyncio.run(left()) is None
+
+
+SMALL = {"fastship_content_length": "10240"}  # so that it is read before anything is decided
+
+
+@pytest.mark.parametrize("more", [{}, SMALL])
+def test_what_came_of_a_cut_body_is_no_upload_more_than_its_token_may_have(
+    tmp_path: Path, more: dict[str, str]
+) -> None:
+    (tmp_path / "tokens").write_text("t uploads=1\n")
+    app = create_app(
+        ReceiverSettings(root=str(tmp_path / "root"), reserve_bytes=0, token_file=str(tmp_path / "tokens"))
+    )
+    try:
+        for number in range(3):
+            leave(app, DATA[:100], 2000, repr_digest=sha256_field(b"%d" % number), authorization="Bearer t", **more)
+        assert len(list((tmp_path / "root" / "uploads").glob("*.part"))) == 1
+    finally:
+        app.close()
+
+
+def test_what_came_of_a_cut_small_body_that_would_be_refused_is_not_kept(tmp_path: Path) -> None:
+    app = create_app(ReceiverSettings(root=str(tmp_path / "root"), reserve_bytes=0, max_bytes=1000))
+    try:
+        leave(app, DATA[:100], 2000, repr_digest=sha256_field(DATA), **SMALL)
+        assert not list((tmp_path / "root" / "uploads").glob("*.part"))
+        leave(app, DATA[:100], 900, repr_digest=sha256_field(DATA), **SMALL)
+        assert len(list((tmp_path / "root" / "uploads").glob("*.part"))) == 1
+    finally:
+        app.close()
+
+
+def test_an_upload_of_a_random_name_that_nobody_was_told_is_not_kept(tmp_path: Path) -> None:
+    app = create_app(ReceiverSettings(root=str(tmp_path / "root"), reserve_bytes=0, max_bytes=1000))
+    try:
+        refused = request(app, "PUT", "/v1/episodes/e", DATA, upload_complete="?0")
+        assert (refused.status, refused.code) == (413, "too-large")
+        leave(app, DATA[:100], 900, upload_complete="?0")
+        assert not list((tmp_path / "root" / "uploads").glob("*.part"))
+    finally:
+        app.close()

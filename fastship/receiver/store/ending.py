@@ -111,6 +111,11 @@ class Ending:
         if self._store.receipt(declared.episode) is None:  # else it would only promise room
             self._uploads.keep(declared, partial, begin_only=begin_only)
 
+    def forget(self, upload: Upload) -> None:
+        """Of one that nobody was told of, and whose name is random, nobody will ever ask."""
+        with contextlib.suppress(Superseded), upload.exclusive():
+            self._uploads.end(upload, None)
+
     def leave(self, upload: Upload) -> None:
         self._uploads.remember(upload)
         upload.close()
