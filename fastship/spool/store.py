@@ -145,22 +145,22 @@ class Spool:
         """What is on disk of one id, for `lifecycle.infer`."""
         directory = self.paths.episodes / episode
         return Facts(
-            # os.path's: what may not be looked into is not there for us, and raises nothing.
+            # os.path's: what may not or cannot be looked into is not there for us, and raises nothing.
             directory=os.path.isdir(directory) and not os.path.islink(directory),
             marker=os.path.exists(directory / MARKER),
             artifact=self.outbox.peek(episode) is not None,
             leftovers=any(
-                path.exists()
+                os.path.exists(path)
                 for path in (
                     self.outbox.artifact(episode),
                     self.outbox.partial(episode),
                     self.outbox.manifest(episode),
                 )
             ),
-            hold=(self.paths.holds / f"{episode}.json").exists(),
-            condemned=self._condemned_path(episode).exists(),
-            quarantined=(self.paths.quarantine / episode).is_dir(),
-            retired=(self.paths.shipped / episode).is_dir(),
+            hold=os.path.exists(self.paths.holds / f"{episode}.json"),
+            condemned=os.path.exists(self._condemned_path(episode)),
+            quarantined=os.path.isdir(self.paths.quarantine / episode),
+            retired=os.path.isdir(self.paths.shipped / episode),
         )
 
     # --- retiring --------------------------------------------------------------------------------------------

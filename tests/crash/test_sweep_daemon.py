@@ -19,7 +19,7 @@ import pytest
 from interpose import READING, Action, Call, Nursery, Program, Stuck, work
 from lab import Receiver, fastship, wait_until
 from receiver_process import make_artifact
-from sweep import FAILURES, KILL, KILL_ALL, WAYS, Look, Point, Scene, check_store, seed, some_ways, sweep
+from sweep import FAILURES, KILL, KILL_ALL, READ_FAILURES, WAYS, Look, Point, Scene, check_store, seed, some_ways, sweep
 
 pytestmark = [
     pytest.mark.skipif(not work(), reason="seccomp's user notifications do not work here"),
@@ -84,7 +84,7 @@ def test_at_each_system_call(way: str, tmp_path: Path) -> None:
             scene.remove()
             return look
 
-        sweep("daemon", way, attempt, kinds=(KILL, KILL_ALL, *FAILURES), slow=True)
+        sweep("daemon", way, attempt, kinds=(KILL, KILL_ALL, *FAILURES, *READ_FAILURES), slow=True)
     check_store(store, artifact, stored)
 
 

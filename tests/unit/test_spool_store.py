@@ -68,6 +68,21 @@ def test_only_real_directories_are_episodes(spool: Spool, tmp_path: Path) -> Non
     assert spool.facts("link").directory is False
 
 
+def test_what_cannot_be_looked_at_is_not_there_and_raises_nothing(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_episode(spool.paths.episodes, "ep")
+
+    def unreadable(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", unreadable)
+        facts = spool.facts("ep")
+    assert infer(facts) is not State.READY
+    assert infer(spool.facts("ep")) is State.READY
+
+
 def test_a_dangling_marker_is_none(spool: Spool) -> None:
     path = make_episode(spool.paths.episodes, "ep", marker=False)
     (path / MARKER).symlink_to("nothing")
