@@ -63,6 +63,11 @@ class Layout:
                 found = stat.S_ISDIR((self.root / name).stat().st_mode)
             except (FileNotFoundError, NotADirectoryError):
                 found = False
+            except PermissionError:
+                raise
+            except OSError as error:
+                remedy = "see the kernel's log for faults of the disk"
+                raise SpoolError(f"{self.root / name}: cannot be used: {error.strerror}", remedy=remedy) from None
             if not found:
                 raise SpoolError(
                     f"{self.root} is not a spool yet: it has no {name}",

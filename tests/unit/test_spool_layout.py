@@ -45,6 +45,10 @@ def test_a_directory_that_cannot_be_looked_at_is_told(tmp_path: Path, monkeypatc
     with pytest.raises(SpoolError, match="Input/output error") as refused:
         layout.create()
     assert "kernel's log" in refused.value.remedy
+    monkeypatch.setattr(Path, "stat", unreadable)
+    with pytest.raises(SpoolError, match="Input/output error") as refused:
+        layout.require()
+    assert "kernel's log" in refused.value.remedy
 
 
 @pytest.mark.parametrize("name", DIRECTORIES)
