@@ -436,3 +436,23 @@ def test_the_receiver_is_what_its_protocol_says(monkeypatch: pytest.MonkeyPatch)
         tried=histories,
         test=HERE,
     )
+
+
+@pytest.mark.parametrize("way", ["a late answer", "a cut artifact"])
+def test_histories_that_were_told_wrongly_once(way: str) -> None:
+    """Seldom drawn, so they are gone through each time."""
+    first, _, other = ARTIFACTS[:3]
+    right = Says(True, True, True, None)
+    history = History()
+    if way == "a cut artifact":
+        history.put("ann", "e1", first, False, right, "expect", 1)
+        history.damage("e1", "cut")
+        history.get("e1", False, 0, None)
+        history.verify("e1", False)
+    else:
+        history.create("ann", "e1", first, False, right, 0)
+        history.append("ann", 0, 0, 10, True, None, None, "length", False, False, None)
+        history.damage("e1", "take out")
+        history.put("bob", "e1", other, False, right, "expect", 1)
+        history.look("ann", 0, False)
+    history.teardown()
