@@ -114,6 +114,12 @@ def _is_page(answer: Answer) -> bool:
     return (answer.field("Content-Type") or "").lower().startswith("text/html")
 
 
+def _title(answer: Answer) -> str:
+    """What a page says in short: nginx has nothing but a title to tell a missing client certificate by."""
+    title = re.search(r"<title>([^<]{1,100})</title>", answer.text, re.IGNORECASE)
+    return f" ({title[1].strip()!r})" if title else ""
+
+
 def row_of_fault(fault: Fault) -> Row:
     return _FAULTS[fault.kind]
 
@@ -125,7 +131,7 @@ def verdict_of_status(answer: Answer, resumed_at: int = 0) -> Verdict:
         outcome=row.outcome,
         scope=row.scope,
         status=answer.status,
-        error=f"status {answer.status}: {row.meaning}"
+        error=f"status {answer.status}: {row.meaning}{_title(answer) if row is _PAGE else ''}"
         + (f" (it names {where[:200]!r})" if where and answer.status // 100 == 3 else ""),
         body=answer.text,
         retry_after_s=retry_after_s(answer),

@@ -569,7 +569,7 @@ def test_once_ships_and_counts(run: Run, lab: Lab) -> None:
 def test_once_says_what_was_not_shipped_and_exits_4(run: Run, lab: Lab, destination: Destination) -> None:
     for name in ("ep1", "ep2", "ep3"):
         lab.episode(name)
-    destination.say("ep1", Reply(409, b"other content"))
+    destination.say("ep1", Reply(409, b'{"error": "other content"}'))
     destination.say("ep2", Reply(422, b"not for me\x1b[2J"))
     ran = run("once", "-c", lab.settings_file())
     assert ran.code == 4
@@ -593,8 +593,8 @@ def test_once_says_what_was_not_shipped_and_exits_4(run: Run, lab: Lab, destinat
 def test_an_operators_word_on_holds_and_quarantine(run: Run, lab: Lab, destination: Destination) -> None:
     for name in ("ep1", "ep2", "ep3"):
         lab.episode(name)
-    destination.say("ep1", Reply(409, b"other content"))
-    destination.say("ep2", Reply(409, b"other content"))
+    destination.say("ep1", Reply(409, b'{"error": "other content"}'))
+    destination.say("ep2", Reply(409, b'{"error": "other content"}'))
     destination.say("ep3", Reply(422, b"no"))
     config = ("-c", lab.settings_file())
     assert run("once", "-q", *config).code == 4

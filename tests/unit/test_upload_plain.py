@@ -144,6 +144,7 @@ def test_a_page_is_nobodys_verdict_on_an_episode(tmp_path: Path, status: int) ->
     verdict, asked = shipped_to(script, tmp_path)
     assert (verdict.outcome, verdict.scope, len(asked)) == (Outcome.TRANSIENT, Scope.NETWORK, 1)
     assert "destination.url" in verdict.error
+    assert "No required SSL certificate was sent" in verdict.error
 
 
 def test_plain_http_at_the_tls_port_of_a_go_server(tmp_path: Path) -> None:
