@@ -218,8 +218,10 @@ class Crew:
                 status = hand.process.wait()
             self._forget(hand)
             ended.append((hand, f"killed by signal {-status}" if status < 0 else f"ended with status {status}"))
-            self._failed_boots = 0 if hand.ready else self._failed_boots + 1
-            if not hand.ready and (status == ipc.BOOT_FAILED or self._failed_boots >= BOOTS_BEFORE_GIVING_UP):
+            # One that is told to leave while it starts (settings were read anew) does so, and is no failure.
+            failed = not hand.ready and not hand.leaving
+            self._failed_boots = 0 if hand.ready else self._failed_boots + failed
+            if failed and (status == ipc.BOOT_FAILED or self._failed_boots >= BOOTS_BEFORE_GIVING_UP):
                 raise WorkerCannotStart(
                     f"a worker process could not start ({ended[-1][1]})",
                     remedy="what it printed above says why; is the installation whole?",

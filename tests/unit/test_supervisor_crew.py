@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from fastship import ipc
+from fastship.errors import WorkerCannotStart
 from fastship.settings import Settings
 from fastship.supervisor import crew as crew_module
 from fastship.supervisor.crew import Crew, Hand
@@ -98,6 +99,26 @@ def test_neither_a_pause_nor_shipping_nor_a_host_that_stood_still_is_a_still_pac
     beat(hand, clock, 5)
     clock.now += 3600.0
     assert beat(hand, clock, 5) <= crew_module.LISTENING_S
+
+
+def reap_one(crew: Crew, *, leaving: bool) -> None:
+    """A worker that ends before it says that it is ready."""
+    ours, theirs = ipc.pair()
+    theirs.close()
+    ended = Hand(7, subprocess.Popen(["true"]), ours)
+    ended.gone, ended.leaving = True, leaving
+    crew.hands[7] = ended
+    crew._selector.register(ours, selectors.EVENT_READ)
+    crew.reap()
+
+
+def test_workers_that_were_told_to_leave_while_they_started_do_not_count_as_failures() -> None:
+    """Settings that were read anew twice within a moment ended the daemon."""
+    crew = Crew(Settings(), -1, selectors.DefaultSelector())
+    for leaving in (True, True, False, True, True, False, True):
+        reap_one(crew, leaving=leaving)
+    with pytest.raises(WorkerCannotStart):
+        reap_one(crew, leaving=False)
 
 
 def test_where_the_kernel_holds_a_process_that_sleeps_is_nowhere(hand: Hand) -> None:
