@@ -38,7 +38,7 @@ crash: export FASTSHIP_COUNTS ?= $(CURDIR)/.counts
 crash: $(VENV)/.dev-ready
 	rm -rf "$(FASTSHIP_COUNTS)"
 	$(BIN)/pytest -n 3 --dist worksteal tests/crash
-	@[ "$(FASTSHIP_FAULTS)" != 1 ] || $(BIN)/python tests/report.py "$(FASTSHIP_COUNTS)" docs/reliability.md
+	@[ "$(FASTSHIP_FAULTS)" != 1 ] || $(BIN)/python tests/injection/report.py "$(FASTSHIP_COUNTS)" docs/reliability.md
 
 bench: $(VENV)/.dev-ready
 	$(BIN)/pytest bench -o python_files='bench_*.py' --benchmark-only

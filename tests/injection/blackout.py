@@ -1,8 +1,8 @@
 """One run of everything that a loss of power could spoil, under strace: what the tests of durability read.
 
-``python tests/blackout.py DIRECTORY`` is the run: a receiver, clients that are not fastship's, a pass of ``fastship
-once`` over all ways to upload with a conflict and a refusal, an operator's words on both, another pass. `record` has it
-run under strace, once for all processes of a test run. What an operator was told is told by directories made in it.
+Run as a program it is the run: a receiver, clients that are not fastship's, a pass of ``fastship once`` over all ways to
+upload with a conflict and a refusal, an operator's words on both, another pass. `record` has it run under strace, once
+for all processes of a test run. What an operator was told is told by directories made in it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import fcntl
 import functools
 import hashlib
 import http.client
+import os
 import re
 import shutil
 import subprocess
@@ -212,7 +213,8 @@ def record(directory: Path) -> Run:
             shutil.copytree(top / "spool", directory / "spool-before", symlinks=True)
             (directory / "store-before").mkdir()
             command = [*syscalls.strace(trace), sys.executable, __file__, str(top)]
-            ended = subprocess.run(command, capture_output=True, text=True)
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # pytest's: what it imports is there
+            ended = subprocess.run(command, env=environment, capture_output=True, text=True)
             assert ended.returncode == 0, ended.stderr
             (directory / "done").touch()
     calls = syscalls.read(trace, [top])

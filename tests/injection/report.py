@@ -1,6 +1,6 @@
 """Make the table of faults in docs/reliability.md from what the tests counted.
 
-    python tests/report.py COUNTS_DIRECTORY docs/reliability.md
+    python tests/injection/report.py COUNTS_DIRECTORY docs/reliability.md
 
 Rows of kinds that this run did not count stay as they are.
 """
