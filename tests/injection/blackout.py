@@ -1,8 +1,8 @@
 """One run of everything that a loss of power could spoil, under strace: what the tests of durability read.
 
-Run as a program it is the run: a receiver, clients that are not fastship's, a pass of ``fastship once`` over all ways to
-upload with a conflict and a refusal, an operator's words on both, another pass. `record` has it run under strace, once
-for all processes of a test run. What an operator was told is told by directories made in it.
+Run as a program it is the run: a receiver, clients that are not fastship's, a pass of ``fastship once`` over all ways
+to upload with a conflict and a refusal, an operator's words on both, another pass. `record` has it run under strace,
+once for all processes of a test run. What an operator was told is told by directories made in it.
 """
 
 from __future__ import annotations

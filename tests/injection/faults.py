@@ -4,8 +4,8 @@
 ``make test`` has time for. Which ones a smaller share takes is drawn from ``FASTSHIP_SEED``, which pytest's head
 tells, so that runs together come to all of them and a failure can be had again.
 
-With ``FASTSHIP_COUNTS=DIRECTORY`` what was tried is also written there, one file a kind; ``report.py`` makes of them the
-table in docs/reliability.md.
+With ``FASTSHIP_COUNTS=DIRECTORY`` what was tried is also written there, one file a kind; ``report.py`` makes of
+them the table in docs/reliability.md.
 """
 
 from __future__ import annotations
