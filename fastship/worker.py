@@ -260,7 +260,7 @@ class Worker:
     def _pack_failed(self, episode: str, code: str, error: str) -> None:
         self._session.drop(episode)
         with contextlib.suppress(OSError):
-            self._outbox.partial(episode).unlink()
+            self._outbox.drop_partial(episode)
         found = ""
         with contextlib.suppress(PackError, OSError):
             found = fingerprint(self._layout.episodes / episode, owner=self._options.owner)

@@ -103,7 +103,8 @@ class Outbox:
         return note.url if (note.destination, note.boot_id) == (destination, durable.boot_id()) else ""
 
     def commit(self, manifest: Manifest) -> Path:
-        """Give the finished partial its name. A crash in between leaves a partial, and a manifest nobody reads.
+        """Give the finished partial its name. A crash in between, or a rename that fails, leaves the partial beside a
+        manifest that nobody reads as long as it is there (`drop_partial`).
 
         An older artifact goes first: beside the new manifest it would be believed if it had the same size. So the
         manifest is written in place, without a temporary file: while it is not whole there is no artifact.
@@ -168,6 +169,15 @@ class Outbox:
         for suffix in (ARTIFACT_SUFFIX, PARTIAL_SUFFIX, MANIFEST_SUFFIX, UPLOAD_SUFFIX):
             durable.unlink_if_present(self._path(episode, suffix))
 
+    def drop_partial(self, episode: str) -> None:
+        """Remove what a packing left that failed. Raises ``OSError``.
+
+        First the manifest, where there is no artifact: without the partial it would say that the artifact was given up.
+        """
+        if not os.path.lexists(self._path(episode, ARTIFACT_SUFFIX)):
+            durable.unlink_if_present(self._path(episode, MANIFEST_SUFFIX))
+        durable.unlink_if_present(self._path(episode, PARTIAL_SUFFIX))
+
     def partial_bytes(self, episode: str) -> int:
         """What an interrupted packing left of the artifact."""
         try:
@@ -198,7 +208,7 @@ class Outbox:
             episode = name.removesuffix(PARTIAL_SUFFIX)
             if name.endswith(PARTIAL_SUFFIX) and episode not in but:
                 with contextlib.suppress(OSError):
-                    os.unlink(self._path(episode, PARTIAL_SUFFIX))
+                    self.drop_partial(episode)
                     dropped.append(episode)
         return dropped
 

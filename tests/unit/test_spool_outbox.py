@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -151,6 +152,29 @@ def test_what_was_given_up_for_room_leaves_its_manifest(spool: Spool) -> None:
     assert spool.outbox.find_given_up("ep") == manifest
     with spool.outbox.begin("ep"):  # it is packed again
         assert spool.outbox.find_given_up("ep") is None
+
+
+def test_what_could_not_be_given_its_name_is_not_taken_for_given_up(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was asked for at the receiver, which never had it, and packed only after that."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    manifest = put_artifact(spool, "ep", b"data")
+    spool.outbox.remove("ep")
+    spool.outbox.begin("ep").close()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fail)
+        with pytest.raises(OSError, match="No space"):
+            spool.outbox.commit(manifest)
+    assert spool.outbox.find_given_up("ep") is None
+    spool.outbox.drop_partial("ep")
+    assert os.listdir(spool.paths.outbox) == []
+    put_artifact(spool, "ep", b"data")
+    spool.outbox.drop_partial("ep")
+    assert spool.outbox.find("ep") is not None
 
 
 def test_removing_takes_all_of_one_and_may_be_repeated(spool: Spool) -> None:
