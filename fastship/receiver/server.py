@@ -142,7 +142,11 @@ def worker_main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     with listening, _signals_end_quietly() as told:
-        serve_socket(settings, listening, ready=ready, orphaned=lambda: bool(told) or os.getppid() != parent)
+        try:
+            serve_socket(settings, listening, ready=ready, orphaned=lambda: bool(told) or os.getppid() != parent)
+        except ReceiverError as error:  # the disk may be full by now: the one that started this one tries again
+            _log.error("%s; %s", error.message, error.remedy)
+            return error.exit_code
     return EXIT_OK
 
 

@@ -289,6 +289,21 @@ def test_a_start_that_cannot_be(tmp_path: Path) -> None:
             assert "Traceback" not in done.stderr
 
 
+def test_a_serving_process_that_cannot_start_says_why_in_a_line(tmp_path: Path) -> None:
+    """The root may be full, or gone, by the time that one takes the place of another."""
+    said, says = os.pipe()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        handed = [listening.fileno(), says]
+        settings = msgspec.json.encode(ReceiverSettings(root="/proc/nowhere")).decode()
+        command = [sys.executable, "-m", "fastship.receiver", settings, *map(str, handed)]
+        done = subprocess.run(command, pass_fds=handed, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    os.close(said)
+    os.close(says)
+    assert done.returncode == 3
+    assert "cannot be used" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_nothing_is_written_outside_the_root(start: Start, tmp_path: Path) -> None:
     server = start(workers=2)
     server.put("inside", make_artifact("inside"))
