@@ -231,7 +231,7 @@ def test_the_run_has_all_that_matters(blackout_run: Run) -> None:
     assert ways["small0"] == {"PUT"}
     assert ways["appended"] == {"PUT", "PATCH"}
     assert "PUT" in ways["streamed"]  # what else depends on which is slower, packing or sending
-    assert {one.status for one in told} >= {200, 201, 204, 400, 404, 409, 412}
+    assert {one.status for one in told} >= {200, 201, 204, 400, 409, 412}
 
 
 # --- the model itself ---------------------------------------------------------------------------------------------
