@@ -14,6 +14,8 @@ import pytest
 import syscalls
 from lab import Destination, Lab, Receiver
 
+from bench.servers import Nginx, ServerMissing
+
 MakeLab = Callable[..., Lab]
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell gives it to what runs in its background
@@ -22,6 +24,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell gives it to 
 
 def pytest_report_header() -> str:
     return f"FASTSHIP_FAULTS={faults.SHARE} FASTSHIP_SEED={faults.SEED}"
+
+
+@pytest.fixture
+def nginx(tmp_path: Path) -> Iterator[Nginx]:
+    """A real one, that takes PUT."""
+    try:
+        server = Nginx(tmp_path / "nginx")
+    except ServerMissing:
+        pytest.skip("no nginx here")
+    with server:
+        yield server
 
 
 @pytest.fixture

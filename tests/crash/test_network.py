@@ -29,7 +29,7 @@ from lab import Lab, Receiver, Sections, noise, read_back, telemetry, tree, wait
 from proxy import Proxy, sent_again
 from scripted_server import Head, Peer, Server
 
-from bench.servers import Nginx, ServerMissing
+from bench.servers import Nginx
 from fastship.episode import Manifest, Outcome, Receipt, Verdict
 from fastship.settings import DestinationSettings, UploadSettings
 from fastship.upload import Artifact, Growing, Session, Wanted, download
@@ -288,16 +288,6 @@ def test_any_line_to_a_plain_server(tmp_path: Path) -> None:
         tried=len(numbers),
         test="tests/crash/test_network.py",
     )
-
-
-@pytest.fixture
-def nginx(tmp_path: Path) -> Iterator[Nginx]:
-    try:
-        server = Nginx(tmp_path / "nginx")
-    except ServerMissing:
-        pytest.skip("no nginx here")
-    with server:
-        yield server
 
 
 @pytest.mark.timeout(900)

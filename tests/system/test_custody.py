@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from lab import Command, Daemon, Destination, Lab, Receiver, Reply, fastship, no
 from relay import Relay
 from scripted_server import Head, Peer, Server
 
-from bench.servers import Nginx, ServerMissing
+from bench.servers import Nginx
 
 MakeLab = Callable[..., Lab]
 
@@ -218,16 +218,6 @@ def test_without_a_spool_nothing_is_made(make_lab: MakeLab, destination: Destina
 
 
 # --- plain servers -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def nginx(tmp_path: Path) -> Iterator[Nginx]:
-    try:
-        server = Nginx(tmp_path / "nginx")
-    except ServerMissing:
-        pytest.skip("no nginx here")
-    with server:
-        yield server
 
 
 def stored_at(nginx: Nginx, episode: str) -> Path:
