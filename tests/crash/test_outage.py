@@ -53,12 +53,15 @@ class Front(Proxy):
         super().__init__(int(receiver.url.rpartition(":")[2]), faults.chance("outage"), faults=0)
 
     def serve(self, near: socket.socket) -> int:
-        if self.tls is None:
+        tls = self.tls
+        if tls is None:
             return super().serve(near)
         began_s, came = time.monotonic(), 0
         with contextlib.suppress(OSError):
-            near = self.tls.wrap_socket(near, server_side=True)
+            near = tls.wrap_socket(near, server_side=True)
             self.sockets.append(near)  # the bare one is no more
+            if tls is not self.tls:
+                near.close()  # a cut of all may have come before it was there to be cut
             came = super().serve(near)  # of TLS 1.3, which says only here that it was refused
         if not came:
             self.unmet.append((began_s, time.monotonic()))
