@@ -23,9 +23,12 @@ class Bandwidth:
         self.set_rate(rate_bytes_per_s, now)
 
     def set_rate(self, rate_bytes_per_s: float, now: float) -> None:
-        """0: no limit. What was saved up under the old rate is dropped."""
+        """0: no limit. What was saved up under the old rate stays, as far as the new bucket holds it: a worker's share
+        changes with every small episode, and one that began anew each time would send nothing.
+        """
+        self.ready_in_s(now)
         self._rate = rate_bytes_per_s
-        self._level = 0.0
+        self._level = min(self._level, self._burst)
         self._filled_at = now
 
     @property
@@ -44,7 +47,9 @@ class Bandwidth:
 
     def take_whole(self, count_bytes: int, now: float) -> bool:
         """Whether so many may move now, all of them: at most `BURST_MIN_BYTES` / 2, which a bucket half full has."""
-        if self._rate and self.ready_in_s(now) > 0:
+        if not self._rate:
+            return True
+        if self.ready_in_s(now) > 0:
             return False
         self._level -= count_bytes
         return True

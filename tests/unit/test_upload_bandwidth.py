@@ -54,3 +54,33 @@ def test_a_new_rate_counts_from_now() -> None:
     assert bandwidth.take(5000, 1.0) == 5000
     bandwidth.set_rate(1_000_000, 2.0)
     assert bandwidth.take(5000, 2.0) == 0
+
+
+def test_a_rate_that_changes_often_is_reached() -> None:
+    """As a worker's share does, with each small episode that begins or ends to be sent."""
+    bandwidth = Bandwidth(1_000_000, now=0.0)
+    granted = 0
+    for tick in range(1000):
+        bandwidth.set_rate(500_000 + 1_000_000 * (tick % 2), now=tick / 100)
+        granted += bandwidth.take(2 << 20, tick / 100)
+    assert granted == pytest.approx(10_000_000, rel=0.02)
+
+
+@settings(deadline=None)
+@given(
+    first=st.integers(0, 10**9),
+    steps=st.lists(st.tuples(st.floats(0, 0.1), st.integers(0, 10**9), st.integers(0, 1 << 22)), max_size=50),
+)
+def test_never_more_than_the_rates_and_the_largest_burst(first: int, steps: list[tuple[float, int, int]]) -> None:
+    rate, bandwidth = first, Bandwidth(first, now=0.0)
+    now = due = burst = granted = 0.0
+    for pause_s, then, wanted in steps:
+        now, due = now + pause_s, due + rate * pause_s
+        rate = then
+        bandwidth.set_rate(rate, now)
+        if rate:
+            burst = max(burst, rate * BURST_S, BURST_MIN_BYTES)
+            granted += bandwidth.take(wanted, now)
+            assert granted <= due + burst + 1
+        else:
+            assert bandwidth.take_whole(wanted, now)
