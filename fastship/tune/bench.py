@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastship.settings import Settings
 from fastship.tune.model import predict
-from fastship.tune.report import BenchReport, link_part, part_of, predicted, reading_parts, writing_parts
+from fastship.tune.report import BenchReport, link_part, link_rate, part_of, predicted, reading_parts, writing_parts
 from fastship.tune.survey import SEND_CPU_S, Survey, host_of
 from fastship.upload import LinkSpeed
 
@@ -50,9 +50,10 @@ def run_bench(
         # Beside its parts with as many threads: two that share a core's units take more CPU than one alone.
         zstd = alone.at(level) if pack_threads == 1 else reference
         send_cpu_s = loopback.cpu_s_per_byte if isinstance(loopback, LinkSpeed) else SEND_CPU_S
-        known = link.bytes_per_s if link_bytes_per_s is None and isinstance(link, LinkSpeed) else link_bytes_per_s
+        rate = link_rate(link, link_bytes_per_s, settings.upload.bandwidth)
         cores = survey.cores_to_be_had
-        prediction = predict(host_of(reading, writing, packed, zstd, sha256, send_cpu_s, cores, known), reference)
+        host = host_of(reading, writing, packed, zstd, sha256, send_cpu_s, cores, rate.bytes_per_s)
+        prediction = predict(host, reference)
         floor = reading.warm.cpu_s_per_byte + blake3.cpu_s_per_byte + zstd.zstd_cpu_s
         floor += (sha256.cpu_s_per_byte + writing.cached.cpu_s_per_byte) / ratio
         efficiency = floor / packed.cost.cpu_s_per_byte
@@ -70,8 +71,8 @@ def run_bench(
             part_of(f"zstd {level}, all threads", together.cost, f"{threads} threads, {count} frames in memory"),
             *writing_parts(writing, ratio),
             part_of("pack", pack_cost, f"{workers}; its parts alone take {100 * efficiency:.0f} % of its CPU"),
-            link_part("upload, loopback", loopback, None, ratio),
-            link_part("link", link, link_bytes_per_s, ratio),
+            link_part("upload, loopback", loopback, link_rate(loopback, None), ratio),
+            link_part("link", link, rate, ratio),
         ]
         return BenchReport(
             host=survey.measured_host(),

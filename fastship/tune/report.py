@@ -6,6 +6,8 @@ seconds a GB (1e9 bytes) of it. Imports `measure`, `model`, `words` and ``upload
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import msgspec
 
 from fastship.tune.measure import Cost, Storage, Writing
@@ -103,22 +105,39 @@ def writing_parts(writing: Writing, ratio: float) -> list[Part]:
     ]
 
 
-def link_part(name: str, link: LinkSpeed | LinkUnknown, given_bytes_per_s: float | None, ratio: float) -> Part:
-    """What a destination takes; a rate that was given goes before one that was measured."""
-    if given_bytes_per_s is not None:
-        return Part(
-            name=name,
-            mb_per_s=round(given_bytes_per_s * ratio / 1e6, 1),
-            how=f"{tell_link(given_bytes_per_s)}, as given; times {ratio:.2f}",
-        )
-    if isinstance(link, LinkUnknown):
-        return Part(name=name, how=f"not measured: {link.reason}")
-    lines = "1 connection" if link.connections == 1 else f"{link.connections} connections"
+class LinkRate(NamedTuple):
+    """What counts as the link's rate (bytes of the artifact a second; None: not known), and why, in words."""
+
+    bytes_per_s: float | None
+    told: str
+
+
+def link_rate(link: LinkSpeed | LinkUnknown, given_bytes_per_s: float | None, bandwidth: int = 0) -> LinkRate:
+    """A rate that was given goes before one that was measured, and ``upload.bandwidth`` (0: no limit) bounds both."""
+    rate = given_bytes_per_s
+    if rate is not None:
+        told = f"{tell_link(rate)}, as given"
+    elif isinstance(link, LinkSpeed):
+        rate = link.bytes_per_s
+        lines = "1 connection" if link.connections == 1 else f"{link.connections} connections"
+        told = f"{tell_link(rate)}, measured over {lines}"
+    else:
+        told = f"not measured: {link.reason}"
+    if bandwidth and (rate is None or rate > bandwidth):
+        return LinkRate(bandwidth, f"{tell_link(bandwidth)} by upload.bandwidth ({told})")
+    return LinkRate(rate, told)
+
+
+def link_part(name: str, link: LinkSpeed | LinkUnknown, rate: LinkRate, ratio: float) -> Part:
+    """What a destination takes."""
+    if rate.bytes_per_s is None:
+        return Part(name=name, how=rate.told)
+    measured = isinstance(link, LinkSpeed) and rate.bytes_per_s == link.bytes_per_s
     return Part(
         name=name,
-        mb_per_s=round(link.bytes_per_s * ratio / 1e6, 1),
-        cpu_s_per_gb=round(link.cpu_s_per_byte / ratio * 1e9, 3),
-        how=f"{tell_link(link.bytes_per_s)} over {lines}, times {ratio:.2f}; sent, made durable there, cancelled",
+        mb_per_s=round(rate.bytes_per_s * ratio / 1e6, 1),
+        cpu_s_per_gb=round(link.cpu_s_per_byte / ratio * 1e9, 3) if isinstance(link, LinkSpeed) and measured else None,
+        how=f"{rate.told}, times {ratio:.2f}{'; sent, made durable there, cancelled' * measured}",
     )
 
 

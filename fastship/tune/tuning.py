@@ -15,9 +15,9 @@ from fastship.settings import Settings, format_size
 from fastship.tune import measure
 from fastship.tune.episodes import cut
 from fastship.tune.model import best, least_near_best, predict, worker_count
-from fastship.tune.report import TuneReport, link_part, part_of, predicted, reading_parts, writing_parts
+from fastship.tune.report import TuneReport, link_part, link_rate, part_of, predicted, reading_parts, writing_parts
 from fastship.tune.survey import SEND_CPU_S, Survey, host_of
-from fastship.tune.words import tell_choice, tell_link
+from fastship.tune.words import tell_choice
 from fastship.upload import LinkSpeed, LinkUnknown
 
 LEVELS = (1, 2, 3, 4, 6, 9, 12, 15, 19)
@@ -47,17 +47,10 @@ def run_tune(
         if pack_threads == 1:
             reference = survey.compress(lowest, 1, seconds / 40)[0].at(lowest)
         link, connections = _measure_link(survey, packed.code_commit)
-        if link_bytes_per_s is not None:
-            known: float | None = link_bytes_per_s
-            link_told = f"{tell_link(link_bytes_per_s)}, as given"
-        elif isinstance(link, LinkSpeed):
-            known = link.bytes_per_s
-            link_told = f"{tell_link(known)}, measured to {settings.destination.url} over {link.connections} at once"
-        else:
-            known, link_told = None, f"not known: {link.reason}; give it with --link 100Mbit/s"
+        rate = link_rate(link, link_bytes_per_s, settings.upload.bandwidth)
         send_cpu_s = link.cpu_s_per_byte if isinstance(link, LinkSpeed) else SEND_CPU_S
         cores = survey.cores_to_be_had
-        host = host_of(reading, writing, packed, reference, sha256, send_cpu_s, cores, known)
+        host = host_of(reading, writing, packed, reference, sha256, send_cpu_s, cores, rate.bytes_per_s)
         levels = [predict(host, cost) for cost in costs]
         chosen = best(levels)
 
@@ -73,12 +66,14 @@ def run_tune(
                 *reading_parts(reading),
                 *writing_parts(writing, chosen.ratio),
                 part_of(f"pack, level {lowest}", packed.cost, f"{pack_threads} thread{'s' * (pack_threads > 1)}"),
-                link_part("link", link, link_bytes_per_s, chosen.ratio),
+                link_part("link", link, rate, chosen.ratio),
             ],
             levels=levels,
             chosen=predicted(chosen, cores),
             why=tell_choice(chosen, levels),
-            link=link_told,
+            link=f"{rate.told}; give it with --link 100Mbit/s"
+            if rate.bytes_per_s is None
+            else f"{rate.told}, to {settings.destination.url}",
             settings={
                 "pack": {"level": chosen.level, "threads": threads, "frame_bytes": frame_bytes},
                 "workers": {"count": workers},
