@@ -101,7 +101,7 @@ def test_tune_prints_levels_a_chart_and_why(spool: Path) -> None:
         assert f"{level}" in ran.stdout
     assert "<- chosen" in ran.stdout
     assert "MB/s packed" in ran.stdout
-    assert "link:      not known: no destination is set; give it with --link" in ran.stdout
+    assert "link:      not measured: no destination is set; give it with --link" in ran.stdout
     assert "settings:  pack.level=" in ran.stdout
     assert os.listdir(spool.parent) == ["spool"]
 
