@@ -41,7 +41,8 @@ def make_directories(paths: Iterable[Path]) -> None:
     above: dict[Path, bool] = {}  # to be synced, in this order; whether we made something in it
     for path in paths:
         missing = [path]
-        while not os.path.lexists(missing[0].parent):
+        # A root that cannot be looked at looks like one that is missing; there is nothing above it, and mkdir says why.
+        while missing[0].parent != missing[0] and not os.path.lexists(missing[0].parent):
             missing.insert(0, missing[0].parent)
         for one in missing:
             made = not os.path.lexists(one)

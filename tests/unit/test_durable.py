@@ -74,6 +74,22 @@ def test_directories_are_made_with_what_is_above_them_and_every_name_is_synced(
         durable.make_directories([tmp_path / "e"])
 
 
+def test_where_not_even_the_root_can_be_looked_at_making_directories_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = 0
+
+    def cannot(_path: Path) -> bool:
+        nonlocal looked
+        looked += 1
+        assert looked < 100
+        return False
+
+    monkeypatch.setattr(os.path, "lexists", cannot)
+    durable.make_directories([tmp_path / "a"])
+    assert (tmp_path / "a").is_dir()
+
+
 def test_append_lines_closes_a_torn_line_off(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     durable.append_lines(path, [b"one", b"two"])
