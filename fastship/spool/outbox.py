@@ -173,7 +173,10 @@ class Outbox:
         """Remove what a packing left that failed. Raises ``OSError``.
 
         First the manifest, where there is no artifact: without the partial it would say that the artifact was given up.
+        Where there is no partial none was begun, and a manifest alone says just that.
         """
+        if not os.path.lexists(self._path(episode, PARTIAL_SUFFIX)):
+            return
         if not os.path.lexists(self._path(episode, ARTIFACT_SUFFIX)):
             durable.unlink_if_present(self._path(episode, MANIFEST_SUFFIX))
         durable.unlink_if_present(self._path(episode, PARTIAL_SUFFIX))

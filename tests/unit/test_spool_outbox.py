@@ -177,6 +177,14 @@ def test_what_could_not_be_given_its_name_is_not_taken_for_given_up(
     assert spool.outbox.find("ep") is not None
 
 
+def test_what_was_given_up_stays_so_where_packing_was_not_even_begun(spool: Spool) -> None:
+    """An episode that cannot be read now is packed by nobody; once it can, the receiver is asked by this manifest."""
+    manifest = put_artifact(spool, "ep")
+    spool.outbox.give_up("ep")
+    spool.outbox.drop_partial("ep")
+    assert spool.outbox.find_given_up("ep") == manifest
+
+
 def test_removing_takes_all_of_one_and_may_be_repeated(spool: Spool) -> None:
     for name in ("ep", "ep.tar", "ep-2"):
         put_artifact(spool, name)
