@@ -158,11 +158,9 @@ class Outbox:
 
     def find_given_up(self, episode: str) -> Manifest | None:
         """The manifest that `give_up` left. A partial beside it is of a packing that came later, or of its own."""
-        if os.path.lexists(self._path(episode, ARTIFACT_SUFFIX)) or os.path.lexists(
-            self._path(episode, PARTIAL_SUFFIX)
-        ):
-            return None
-        return self._read_manifest(episode)
+        manifest = self._read_manifest(episode)  # first: mostly there is none, and then nothing else is looked for
+        others = (self._path(episode, suffix) for suffix in (ARTIFACT_SUFFIX, PARTIAL_SUFFIX))
+        return None if manifest is None or any(map(os.path.lexists, others)) else manifest
 
     def remove(self, episode: str) -> None:
         """Remove all files of an episode, the artifact first: a manifest alone is only asked about. May be repeated."""
