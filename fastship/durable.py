@@ -180,15 +180,19 @@ def unlink_if_present(path: Path | str) -> bool:
     return True
 
 
-def remove_temporaries(directory: Path, *, is_old: Callable[[float], bool] | None = None) -> None:
+def remove_temporaries(
+    directory: Path, *, pid: int | None = None, is_old: Callable[[float], bool] | None = None
+) -> None:
     """Remove what interrupted `write_file` calls left in ``directory``.
 
-    Call only while holding its lock, or for those that by their mtime are so old that whoever wrote them is not writing
-    any more (``is_old``).
+    Call only while holding its lock, or for those of a process that has ended (``pid``), or for those that by their
+    mtime are so old that whoever wrote them is not writing any more (``is_old``).
     """
+    ending = "" if pid is None else f".{pid}"
     with os.scandir(directory) as entries:
         for entry in entries:
-            if entry.name.startswith(TEMP_PREFIX) and not entry.is_dir(follow_symlinks=False):
+            ours = entry.name.startswith(TEMP_PREFIX) and entry.name.endswith(ending)
+            if ours and not entry.is_dir(follow_symlinks=False):
                 if is_old is not None:
                     try:
                         young = not is_old(entry.stat(follow_symlinks=False).st_mtime)

@@ -213,6 +213,15 @@ class Outbox:
                     dropped.append(episode)
         return dropped
 
+    def drop_temporaries(self, pid: int) -> None:
+        """Remove what was not written to its end by the worker that was process ``pid``. Raises ``OSError``.
+
+        Nobody else can be writing it: a temporary file has its writer's process id in its name, workers alone write
+        here, and the caller has waited for this one's end (wait(2) returns after its last thread has ended) and started
+        none since, which alone could have been given the same id.
+        """
+        durable.remove_temporaries(self.directory, pid=pid)
+
     def episodes(self) -> set[str]:
         """The ids that have any file here."""
         ids = set()

@@ -178,6 +178,9 @@ class Supervisor:
             hand.kill()
         for hand, how in self._crew.reap():  # raises WorkerCannotStart
             died = not hand.leaving or hand.exit_status != 0
+            if died:
+                with contextlib.suppress(OSError):  # then the next start does
+                    self._spool.outbox.drop_temporaries(hand.pid)
             if hand.ready:
                 self._feed(ev.WorkerLeft(hand.number, died, how))
             (log.warning if died else log.info)("worker-left", worker=hand.number, pid=hand.pid, how=how)

@@ -284,8 +284,7 @@ class Scene:
             and lab.names("holds") == ["held.json"]
             and lab.names("quarantine") == [self.refused]
             and (lab.quarantine / self.refused / "quarantine_reason.json").exists()
-            and [name for name in lab.names("outbox") if not name.startswith(".tmp-")]  # of a killed one: till a start
-            == ["held.manifest.json", "held.tar.zst"]
+            and lab.names("outbox") == ["held.manifest.json", "held.tar.zst"]
         )
 
     @property

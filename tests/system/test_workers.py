@@ -86,6 +86,19 @@ def recent(lab: Lab) -> list[status.EpisodeResult]:
     return snapshot.recent
 
 
+def test_what_a_killed_worker_was_writing_is_removed_when_it_is_replaced(lab: Lab, destination: Destination) -> None:
+    with Daemon(lab.settings()):
+        wait_until(workers_of, "a worker")
+        (worker,) = workers_of()
+        left, others = (lab.outbox / f".tmp-ep1.upload.json.{pid}" for pid in (worker.pid, os.getpid()))
+        left.touch()
+        others.touch()
+        worker.kill()
+        wait_until(lambda: not left.exists(), "its end to be noticed")
+        wait_until(workers_of, "another one")
+        assert others.exists()
+
+
 @pytest.mark.parametrize("stage", ["packing", "uploading"])
 def test_supervisor_killed(make_lab: MakeLab, receiver: Receiver, tmp_path: Path, stage: str) -> None:
     """Its workers end by themselves; the next one gets the lock and goes on."""

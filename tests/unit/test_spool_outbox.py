@@ -185,6 +185,15 @@ def test_what_was_given_up_stays_so_where_packing_was_not_even_begun(spool: Spoo
     assert spool.outbox.find_given_up("ep") == manifest
 
 
+def test_what_one_worker_did_not_write_to_its_end_goes_alone(spool: Spool) -> None:
+    put_artifact(spool, "ep")
+    before = set(os.listdir(spool.paths.outbox))
+    for name in (".tmp-ep.upload.json.123", ".tmp-ep2.upload.json.123", ".tmp-ep.upload.json.1123", "ep.upload.json"):
+        (spool.paths.outbox / name).touch()
+    spool.outbox.drop_temporaries(123)
+    assert set(os.listdir(spool.paths.outbox)) == {*before, ".tmp-ep.upload.json.1123", "ep.upload.json"}
+
+
 def test_removing_takes_all_of_one_and_may_be_repeated(spool: Spool) -> None:
     for name in ("ep", "ep.tar", "ep-2"):
         put_artifact(spool, name)
