@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 from fastship import ipc, logs
 from fastship.episode import MARKER, Manifest, Outcome, Verdict
-from fastship.errors import EpisodeUnfinished, EpisodeUnmovable, FastshipError, OutboxFull, PackError
+from fastship.errors import EpisodeChanged, EpisodeUnfinished, EpisodeUnmovable, FastshipError, OutboxFull, PackError
 from fastship.frames import FramePool, KeptFrames
 from fastship.lifecycle.events import Answered, PackBegan, Packed, PackFailed, Returned
 from fastship.pack import Flow, LevelControl, PackOptions, code_commit, fingerprint, measure, pack
@@ -370,16 +370,20 @@ class Worker:
 
     def _answer(self, episode: str, verdict: Verdict) -> None:
         manifest = self._manifests.pop(episode)
-        unchanged = True
+        unchanged, unseen = True, ""
         if verdict.outcome is Outcome.SHIPPED:
             try:
                 now = fingerprint(self._layout.episodes / episode, owner=self._options.owner)
                 unchanged = now == manifest.fingerprint
-            except (PackError, OSError):
+            except EpisodeChanged:
                 unchanged = False
+            except PackError as error:  # a disk that fails, not a recorder that goes on
+                unchanged, unseen = False, f"{error.message}; {error.remedy}"
+            except OSError as error:
+                unchanged, unseen = False, str(error)
         del self._under_way[episode]  # first: it may be given to us again as soon as it is answered
         with contextlib.suppress(ipc.Closed):
-            self._channel.send(Answered(episode, verdict, manifest, unchanged))
+            self._channel.send(Answered(episode, verdict, manifest, unchanged, unseen))
 
 
 def _require_movable(directory: Path, target: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
-from fastship.episode import Manifest, Receipt, Verdict
+from fastship.episode import Manifest, Outcome, Receipt, Verdict
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -75,6 +75,17 @@ class Answered(msgspec.Struct, frozen=True, tag=True):
     verdict: Verdict
     manifest: Manifest
     unchanged: bool = True
+    unseen: str = ""  # why it could not be looked at, where that is all that is known
+
+    @property
+    def error(self) -> str:
+        """Why the attempt came to nothing."""
+        if self.verdict.outcome is not Outcome.SHIPPED:
+            return self.verdict.error
+        if self.unseen:
+            return f"the receiver has it, but it could not be looked at here once more: {self.unseen}"
+        # The receiver holds what was packed, not what is here now: packed again, that will be a conflict.
+        return "the episode changed after it was packed; the receiver holds it as it was before"
 
 
 class Returned(msgspec.Struct, frozen=True, tag=True):

@@ -210,12 +210,8 @@ def _answered(book: Book, event: Answered, now: float, commands: list[Command]) 
         if verdict.outcome is Outcome.DAMAGED:
             commands.append(Discard(event.episode))
             book.packed.discard(event.episode)
-        error = verdict.error
-        if verdict.outcome is Outcome.SHIPPED:
-            # The receiver holds what was packed, not what is here now: packed again, that will be a conflict.
-            error = "the episode changed after it was packed; the receiver holds it as it was before"
-        _postpone(book, entry, error, now, verdict.retry_after_s or 0.0)
-        fields: dict[str, object] = {"episode": event.episode, "status": verdict.status, "error": error}
+        _postpone(book, entry, event.error, now, verdict.retry_after_s or 0.0)
+        fields: dict[str, object] = {"episode": event.episode, "status": verdict.status, "error": event.error}
         commands.append(Report("warning", "attempt-failed", fields))
 
 

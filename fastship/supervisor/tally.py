@@ -56,7 +56,7 @@ class Tally:
         if verdict.outcome is Outcome.SHIPPED and message.unchanged:
             self._add(book, message.episode, "shipped", manifest=message.manifest, resumed_at=verdict.resumed_at)
         elif verdict.outcome not in (Outcome.CONFLICT, Outcome.REJECTED):
-            self._add(book, message.episode, "transient", manifest=message.manifest, error=verdict.error)
+            self._add(book, message.episode, "transient", manifest=message.manifest, error=message.error)
 
     def pack_failed(self, book: Book, episode: str, error: str) -> None:
         self._add(book, episode, "transient", error=error)

@@ -58,13 +58,13 @@ class Desk:
         entry = self.book.entries.get(episode)
         return None if entry is None else entry.state
 
-    def ship(self, episode: str, answer: Verdict, *, unchanged: bool = True) -> list[ev.Command]:
+    def ship(self, episode: str, answer: Verdict, *, unchanged: bool = True, unseen: str = "") -> list[ev.Command]:
         """All that a worker says of an episode it was given."""
         manifest = manifest_of(episode)
         return self.tell(
             ev.PackBegan(episode),
             ev.Packed(episode, manifest, False),
-            ev.Answered(episode, answer, manifest, unchanged),
+            ev.Answered(episode, answer, manifest, unchanged, unseen),
         )
 
 
@@ -123,6 +123,24 @@ def test_shipped_but_changed_is_not_retired() -> None:
     commands = desk.ship("ep", shipped(manifest_of("ep")), unchanged=False)
     assert kinds(commands, ev.Retire, ev.Quarantine, ev.Hold) == []
     assert desk.state("ep") is State.WAITING
+    assert "changed" in desk.book.entries["ep"].error
+
+
+def test_shipped_but_not_to_be_looked_at_is_tried_again_and_no_change() -> None:
+    desk = Desk()
+    desk.tell(ev.WorkerJoined(1))
+    desk.find("ep")
+    for _ in range(CHANGES_BEFORE_HOLD + 1):
+        told = desk.ship("ep", shipped(manifest_of("ep")), unchanged=False, unseen="ep/data: Input/output error")
+        assert kinds(told, ev.Retire, ev.Quarantine, ev.Hold) == []
+        entry = desk.book.entries["ep"]
+        assert (entry.state, entry.changes) == (State.WAITING, 0)
+        assert "changed" not in entry.error
+        assert "ep/data: Input/output error" in entry.error
+        assert not desk.book.breaker.paused
+        desk.now = entry.not_before
+        desk.tell(ev.Tick())
+    assert kinds(desk.ship("ep", shipped(manifest_of("ep"))), ev.Retire)
 
 
 @pytest.mark.parametrize("answer", [shipped(manifest_of("ep")), REJECTED, CONFLICT])

@@ -34,8 +34,11 @@ def test_one_that_changed_meanwhile_is_not_shown_as_shipped() -> None:
     book, tally = book_with("a"), Tally("http://x", once=False)
     manifest = manifest_of("a")
     tally.answered(book, Answered("a", shipped(manifest), manifest, unchanged=False))
-    [result] = tally.snapshot(book, [], recording=0, draining=False).recent
-    assert result.outcome == "transient"
+    tally.answered(book, Answered("a", shipped(manifest), manifest, unchanged=False, unseen="a disk that fails"))
+    changed, unseen = tally.snapshot(book, [], recording=0, draining=False).recent
+    assert changed.outcome == unseen.outcome == "transient"
+    assert "changed" in changed.error
+    assert "a disk that fails" in unseen.error
 
 
 def test_holds_and_quarantines_are_counted_when_they_are_made() -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
-from sample import manifest_of, shipped
+from sample import make_episode, manifest_of, shipped
 
 from fastship import ipc
 from fastship.lifecycle.events import Answered
+from fastship.pack import fingerprint
 from fastship.settings import Settings
 from fastship.worker import GLANCE_MEMBERS, Worker, _Progress
 
@@ -74,12 +77,23 @@ def test_what_could_not_be_retired_is_known_before(
     assert moved or "owner" in told.split(" | ")[2]
 
 
-def test_where_no_thread_can_be_started_a_verdict_is_told_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def beside(tmp_path: Path) -> Iterator[tuple[Worker, ipc.SupervisorEnd]]:
+    """A worker within this process, whose supervisor is the test."""
     settings = Settings.load(values={"spool": {"root": str(tmp_path)}, "destination": {"url": "http://127.0.0.1:9"}})
     ours, theirs = ipc.pair()
     worker = Worker(ipc.WorkerEnd(theirs), ipc.Welcome(1, settings, 1))
+    yield worker, ours
+    worker._drain()
+    worker._session.close()
+    ours.close()
+    theirs.close()
+
+
+def test_where_no_thread_can_be_started_a_verdict_is_told_all_the_same(
+    beside: tuple[Worker, ipc.SupervisorEnd], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, supervisor = beside
     manifest = msgspec.structs.replace(manifest_of("ep"), members=GLANCE_MEMBERS + 1)
     worker._manifests["ep"], worker._under_way["ep"] = manifest, _Progress()
 
@@ -88,8 +102,32 @@ def test_where_no_thread_can_be_started_a_verdict_is_told_all_the_same(
 
     monkeypatch.setattr(threading.Thread, "start", refused)
     worker._judged("ep", shipped(manifest))
-    assert ours.receive() == Answered("ep", shipped(manifest), manifest, unchanged=False)
-    worker._drain()
-    worker._session.close()
-    ours.close()
-    theirs.close()
+    assert supervisor.receive() == Answered("ep", shipped(manifest), manifest, unchanged=False)
+
+
+def test_an_episode_that_cannot_be_looked_at_once_more_has_not_changed(
+    beside: tuple[Worker, ipc.SupervisorEnd], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, supervisor = beside
+    make_episode(tmp_path / "episodes", "ep")
+    manifest = manifest_of("ep", fingerprint=fingerprint(tmp_path / "episodes" / "ep", owner=worker._options.owner))
+
+    def answered() -> Answered:
+        worker._manifests["ep"], worker._under_way["ep"] = manifest, _Progress()
+        worker._judged("ep", shipped(manifest))
+        told = supervisor.receive()
+        assert isinstance(told, Answered)
+        return told
+
+    def fail(_fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    assert answered() == Answered("ep", shipped(manifest), manifest)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", fail)
+        told = answered()
+    assert not told.unchanged
+    assert "ep/ cannot be read: Input/output error" in told.unseen
+    assert "changed" not in told.error
+    (tmp_path / "episodes" / "ep" / "late").touch()
+    assert answered() == Answered("ep", shipped(manifest), manifest, unchanged=False)
