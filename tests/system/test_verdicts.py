@@ -21,6 +21,7 @@ from structlog.testing import capture_logs
 
 from fastship import durable
 from fastship.errors import UsageError
+from fastship.lifecycle.sharing import QUEUE_DEPTH
 from fastship.shipper import operate
 
 META: dict[str, tuple[Any, str | None]] = {
@@ -161,7 +162,7 @@ def test_an_operator_is_heard_by_the_daemon(held: Lab, destination: Destination)
 
 # --- faults of the destination -----------------------------------------------------------------------------------
 
-DESTINATION_FAULTS = [401, 403, 404, 407, 408, 421, 425, 429]
+DESTINATION_FAULTS = [401, 403, 404, 407, 408, 409, 421, 425, 429]  # the 409 in a web server's words
 QUICK: Sections = {"upload": {"retries": 0}, "destination": {"pause_min_s": "50ms", "pause_max_s": "200ms"}}
 
 
@@ -193,7 +194,7 @@ def test_the_queue_ships_by_itself_when_the_fault_ends(lab: Lab, destination: De
     expected: list[str] = []
     with Daemon(lab.settings(QUICK)) as daemon:
         for status in DESTINATION_FAULTS:
-            destination.say("*", Reply(status))
+            destination.say("*", Reply(status, b"not you"))
             enough = len(destination.offers()) + 6
             expected += [f"{status}-{number}" for number in range(4)]
             for name in expected[-4:]:
@@ -204,6 +205,24 @@ def test_the_queue_ships_by_itself_when_the_fault_ends(lab: Lab, destination: De
             wait_until(lambda: lab.names("episodes") == [], "the queue")
             assert lab.names("shipped") == sorted(expected), status
         daemon.stop()
+
+
+def test_one_episodes_409_in_a_servers_own_words_keeps_no_other_waiting(lab: Lab, destination: Destination) -> None:
+    """Nothing is stored under its id: no conflict, and no fault of the destination that others need to wait for."""
+    names = [f"ep{number:02}" for number in range(2 * QUEUE_DEPTH + 8)]  # more than are given out before its answer
+    for name in names:
+        lab.episode(name)
+    destination.say(names[0], Reply(409, b"Conflict"))
+    result = lab.once(QUICK)
+    assert (result.shipped, result.transient_failures, result.conflicts) == (len(names) - 1, 1, 0)
+    assert lab.names("episodes") == names[:1]
+    with Daemon(lab.settings(QUICK)):
+        wait_until(partial(offered, destination, len(destination.offers()) + 6), "more attempts")
+        lab.episode("later")
+        wait_until(lambda: "later" in lab.names("shipped"), "the others")
+        assert lab.names("quarantine") == lab.names("holds") == []
+        destination.says.clear()
+        wait_until(lambda: lab.names("episodes") == [], "it, too")
 
 
 def test_5xx_is_not_packed_again(lab: Lab, destination: Destination) -> None:

@@ -277,7 +277,7 @@ def test_no_retries_means_none() -> None:
         *[(status, Outcome.TRANSIENT, Scope.DESTINATION, 1) for status in (301, 302, 307, 308)],
         *[(status, Outcome.REJECTED, Scope.EPISODE, 2) for status in (400, 402, 406, 410, 412, 413)],
         (422, Outcome.REJECTED, Scope.EPISODE, 1),
-        (409, Outcome.CONFLICT, Scope.EPISODE, 2),  # in words that are not a receiver's: is anything there?
+        (409, Outcome.TRANSIENT, Scope.NETWORK, 2),  # in words that are not a receiver's: is anything there?
         *[(status, Outcome.TRANSIENT, Scope.NETWORK, 4) for status in (500, 502, 503, 504)],
         *[(status, Outcome.TRANSIENT, Scope.NETWORK, 1) for status in (501, 505, 507)],
         (202, Outcome.TRANSIENT, Scope.DESTINATION, 1),

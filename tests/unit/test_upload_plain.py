@@ -76,29 +76,43 @@ def test_one_that_half_is_there_and_one_that_another_made_meanwhile_are_used(tmp
 
 
 @pytest.mark.parametrize("status", [403, 405, 409, 501])
-def test_one_that_cannot_be_made_is_the_destinations_fault_and_no_conflict(tmp_path: Path, status: int) -> None:
+def test_one_that_cannot_be_made_is_no_conflict_and_pauses_nobody_by_itself(tmp_path: Path, status: int) -> None:
     def script(peer: Peer, head: Head) -> None:
         peer.body(head)
         peer.answer({"HEAD": 404, "MKCOL": status}.get(head.method, 409), b"Conflict" if head.method != "HEAD" else b"")
 
     verdict, asked = shipped_to(script, tmp_path)
-    assert (verdict.outcome, verdict.scope, verdict.status) == (Outcome.TRANSIENT, Scope.DESTINATION, 409)
+    assert (verdict.outcome, verdict.scope, verdict.status) == (Outcome.TRANSIENT, Scope.NETWORK, 409)
     assert "make the directory" in verdict.error
     assert sum(one.startswith("MKCOL") for one in asked) == 2
 
 
 def test_to_a_receiver_no_directory_is_made(tmp_path: Path) -> None:
     verdict, asked = shipped_to(WebDav(), tmp_path, proof="receipt")
-    assert (verdict.outcome, verdict.scope) == (Outcome.TRANSIENT, Scope.DESTINATION)
+    assert (verdict.outcome, verdict.scope) == (Outcome.TRANSIENT, Scope.NETWORK)
     assert not any(one.startswith("MKCOL") for one in asked)
 
 
-def test_a_409_about_what_is_stored_is_a_conflict_whatever_its_words(tmp_path: Path) -> None:
+@pytest.mark.parametrize("proof", ["status", "receipt"])
+@pytest.mark.parametrize(
+    ("head_status", "outcome"),
+    [
+        *[(status, Outcome.CONFLICT) for status in (200, 204, 405, 501)],  # the last two: it does not know HEAD
+        *[(status, Outcome.TRANSIENT) for status in (301, 400, 401, 403, 409, 429, 500, 502, 503)],
+    ],
+)
+def test_a_409_is_a_conflict_only_where_something_is_stored(
+    tmp_path: Path, head_status: int, outcome: Outcome, proof: str
+) -> None:
+    """Whatever its words. One that answers 409 to everything, or whatever else, says nothing of any episode."""
+
     def script(peer: Peer, head: Head) -> None:
         peer.body(head)
-        peer.answer(200 if head.method == "HEAD" else 409, b"" if head.method == "HEAD" else PAGE)
+        peer.answer(head_status if head.method == "HEAD" else 409, b"" if head.method == "HEAD" else PAGE)
 
-    assert shipped_to(script, tmp_path)[0].outcome is Outcome.CONFLICT
+    verdict, asked = shipped_to(script, tmp_path, proof=proof)
+    scope = Scope.EPISODE if outcome is Outcome.CONFLICT else Scope.NETWORK
+    assert (verdict.outcome, verdict.scope, verdict.status, len(asked)) == (outcome, scope, 409, 2)
 
 
 def test_a_line_that_breaks_between_is_no_verdict(tmp_path: Path) -> None:
