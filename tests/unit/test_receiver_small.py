@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -9,6 +10,7 @@ import os
 import random
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from fastship.receiver.policy.answers import Answer
 from fastship.receiver.policy.decisions import OVERLOADED, Body, Declared
 from fastship.receiver.store.small import Small, SmallStore
 from fastship.receiver.store.store import Store
+from fastship.receiver.uploads.lock import UploadLock
 from fastship.settings import ReceiverSettings
 
 WAIT_S = 30
@@ -162,6 +165,23 @@ def test_nobody_is_told_of_a_name_that_may_be_lost(
     monkeypatch.setattr(durable, "sync_directory", synced.append)
     assert together.submit(small("a", one)).result(WAIT_S).status == 200  # it has its name, which is synced now
     assert synced == [store.root / "episodes"]
+
+
+def test_an_upload_of_it_that_somebody_asks_about_goes_as_soon_as_that_is_done(
+    together: SmallStore, gate: Gate, store: Store
+) -> None:
+    one = small("a", make_artifact(1))
+    begun = store.uploads.create(one.declared)
+    begun.close()
+    gate.opened.set()
+    with contextlib.closing(UploadLock(store.root / "uploads" / f"{begun.token}.lock")) as lock, lock.locked():
+        assert together.submit(one).result(WAIT_S).status == 201  # and waits for nobody
+        assert together.submit(small("b", make_artifact(2))).result(WAIT_S).status == 201
+        assert f"uploads/{begun.token}.part" in files(store)
+    end = time.monotonic() + WAIT_S
+    while (left := {name for name in files(store) if name.startswith("uploads/")}) and time.monotonic() < end:
+        time.sleep(0.001)
+    assert left == set()
 
 
 def test_an_error_that_nobody_foresaw_is_one_artifacts_own(

@@ -26,7 +26,7 @@ from fastship.receiver.policy.decisions import Body, Declared
 from fastship.receiver.store.ending import refusal, storage_failed
 from fastship.receiver.store.store import Prepared, Store
 from fastship.receiver.uploads.lock import Busy
-from fastship.receiver.uploads.uploads import UnknownUpload
+from fastship.receiver.uploads.uploads import WAIT_S, UnknownUpload
 
 _log = logging.getLogger("fastship.receiver")
 
@@ -66,6 +66,7 @@ class SmallStore:
         self._decide = decide
         self._waiting: deque[_Storing] = deque()
         self._threads = ThreadPoolExecutor(threads, "receiver-small")
+        self._forgetting = ThreadPoolExecutor(1, "receiver-forget")  # no thread before it has something to do
 
     def submit(self, small: Small) -> Future[Answer]:
         """The answer, when it may be given. Does not block."""
@@ -76,6 +77,7 @@ class SmallStore:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False)
+        self._forgetting.shutdown(wait=False, cancel_futures=True)
 
     def _run(self) -> None:
         together: list[_Storing] = []
@@ -154,6 +156,20 @@ class SmallStore:
         self._store.settle(storing.prepared)
         declared = storing.small.declared
         if declared.sha256 is not None:
-            with contextlib.suppress(UnknownUpload, Busy):
-                self._store.uploads.cancel(self._store.uploads.token(declared), declared.owner, wait_s=0)
+            try:
+                self._forget(declared, wait_s=0)
+            except Busy:  # whoever asks where it stands is no reason to let all others wait
+                with contextlib.suppress(RuntimeError):  # closed, or no thread to be had: it is swept
+                    self._forgetting.submit(self._forget_later, declared)
         return storing.answer or answers.stored(201, storing.prepared.receipt)
+
+    def _forget(self, declared: Declared, *, wait_s: float = WAIT_S) -> None:
+        """What had come of it as an upload is of no use now. Raises `Busy`."""
+        with contextlib.suppress(UnknownUpload):
+            self._store.uploads.cancel(self._store.uploads.token(declared), declared.owner, wait_s=wait_s)
+
+    def _forget_later(self, declared: Declared) -> None:
+        try:
+            self._forget(declared)
+        except (Busy, OSError) as error:
+            _log.warning("an upload of %s is left to the sweep: %s", declared.episode, error or "it is in use")
