@@ -275,7 +275,8 @@ class Store:
         sha256, read_from = self._digest(partial)
         if declared.sha256 is not None and sha256 != declared.sha256:
             raise DigestMismatch(f"the {partial.offset} bytes received have SHA-256 {sha256}, not {declared.sha256}")
-        first = self._already(sha256, declared)
+        stored = self.receipt(declared.episode)
+        first = self._already(stored, sha256)
         if first is not None:
             return first
         content, content_from = None, None
@@ -287,9 +288,10 @@ class Store:
                 if stored is not None:  # whatever this is, it is not what stands there
                     return answers.conflict(stored)
                 raise
-        first = self._already(sha256, declared, content)
-        if first is not None:
-            return first
+        if stored is not None:  # else who came first meanwhile is found by `name`
+            first = self._already(self.receipt(declared.episode), sha256, content)
+            if first is not None:
+                return first
         read = Read(artifact=read_from, content=content_from, at=now_wall())
         receipt = self._make_receipt(declared.episode, sha256, partial.offset, content, read)
         waiting = self._receipts.waiting(declared.episode, os.fstat(partial.fd).st_ino)
@@ -316,7 +318,8 @@ class Store:
         try:
             os.link(prepared.partial.path, self.artifact_path(declared.episode))
         except FileExistsError:
-            first = self._already(prepared.receipt.artifact.sha256, declared, prepared.receipt.content)
+            stored = self.receipt(declared.episode)
+            first = self._already(stored, prepared.receipt.artifact.sha256, prepared.receipt.content)
             if first is None:  # what had the name was set aside just now
                 return self.name(prepared)
             prepared.forget_receipt()
@@ -334,8 +337,7 @@ class Store:
         with contextlib.suppress(FileNotFoundError):  # somebody who asked in between did it for us
             os.rename(prepared.waiting, self._receipts.path(prepared.declared.episode))
 
-    def _already(self, sha256: str, declared: Declared, content: ReceivedContent | None = None) -> Answer | None:
-        stored = self.receipt(declared.episode)
+    def _already(self, stored: Receipt | None, sha256: str, content: ReceivedContent | None = None) -> Answer | None:
         if stored is None:
             return None
         if content is None:
