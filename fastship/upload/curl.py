@@ -5,17 +5,16 @@ The only module that imports pycurl. What always holds:
 - one thread makes all calls (`Transfers.wake` alone may come from any); nothing blocks but `Transfers.poll`;
 - the bearer token is in no value, exception, log, argument or environment: it is read from its file when a request
   starts, goes into libcurl's field list, and only ever to the destination's own scheme, host and port;
-- where a refusal's body echoes the token, it is taken out of the `Answer`;
+- where a refusal's body echoes the token, it is taken out of the `Answer` (``incoming``);
 - a proxy of the environment (``https_proxy``, ``no_proxy``...) counts, but never for this machine itself;
 - TLS is verified (peer and host name), only http and https are spoken, redirects are not followed;
-- an `Answer` came whole (libcurl ended without error, so its status is to be trusted, and the empty line behind its
-  fields was there, which libcurl does not mind: without the rest of them its status may mean something else), else it
+- an `Answer` came whole (libcurl ended without error, so its status is to be trusted, and its head was whole), else it
   is a `Fault`.
 
 HTTP/1.1 over kept-alive connections: for bulk, several connections beat several streams of one. Driven by
 ``epoll`` and libcurl's ``socket_action``, so it sleeps for as long as there is nothing to do.
 
-Imports ``course``, ``bandwidth`` and ``token``; the session imports it.
+Imports ``course``, ``incoming``, ``bandwidth`` and ``token``; the session imports it.
 """
 
 from __future__ import annotations
@@ -38,7 +37,8 @@ import pycurl
 from fastship import __version__
 from fastship.settings import DestinationSettings, UploadSettings
 from fastship.upload.bandwidth import Bandwidth
-from fastship.upload.course import BODY_LIMIT_BYTES, Answer, Fault, FaultKind, Request, Taker
+from fastship.upload.course import Answer, Fault, FaultKind, Request, Taker
+from fastship.upload.incoming import ANSWER_LIMIT_BYTES, Incoming
 from fastship.upload.token import Token
 
 READ_BYTES = 256 << 10
@@ -49,12 +49,6 @@ cache between the read, pycurl's copy and the send."""
 EXPECT_BYTES = 1 << 20
 """A body above this asks first (100-continue): below, the round trip costs more than a refused body would. It is
 libcurl's own limit, and its own field: one that is given to it, it repeats after a 417, thirty times."""
-
-ANSWER_LIMIT_BYTES = 1 << 20
-"""An answer's body that goes on for longer is cut: nothing of ours is so long."""
-
-TOKEN_SECRET_CHARACTERS = 8
-"""A shorter token is no secret, and may be part of any word."""
 
 STALL_LOOKS = 4
 """A stall is noticed after between 1 and 1 + 1/STALL_LOOKS times its limit."""
@@ -255,7 +249,7 @@ class Transfers(Generic[Key]):
 
 
 class _Transfer:
-    """One request at libcurl: its easy handle's callbacks and what they gathered."""
+    """One request at libcurl: its easy handle's callbacks, what they send and what they were told."""
 
     def __init__(
         self,
@@ -273,8 +267,8 @@ class _Transfer:
         self._buffer = buffer
         self._bandwidth = bandwidth
         self._stall_timeout_s = stall_timeout_s
-        self._taker = taker
-        self._taken: bool | None = None  # whether it has the body; None: it was not asked yet
+        self._wants_body = taker is not None
+        self._incoming = Incoming(taker)
         self._start = request.body.offset if request.body else 0
         self._end = self._start + (request.body.length_bytes if request.body else 0)
         self._position = self._start
@@ -283,11 +277,6 @@ class _Transfer:
         self._token = ""
         self.paused = False
         self.paused_at = 0.0
-        self._status = 0  # of the answer being read
-        self._head: list[bytes] = []  # its field lines
-        self._head_whole = False
-        self._body = bytearray()
-        self._body_bytes = 0
         self._moved: tuple[int, int] = (0, 0)
         self._moved_at = time.monotonic()
         self.next_look = 0.0
@@ -305,7 +294,7 @@ class _Transfer:
         set_option(pycurl.CONNECTTIMEOUT_MS, max(1, int(upload.connect_timeout_s * 1000)))
         set_option(pycurl.TCP_KEEPALIVE, 1)
         set_option(pycurl.USERAGENT, agent)
-        set_option(pycurl.HEADERFUNCTION, self._on_field)
+        set_option(pycurl.HEADERFUNCTION, self._incoming.field)
         set_option(pycurl.WRITEFUNCTION, self._on_body)
         if _is_this_machine(destination.url):
             set_option(pycurl.NOPROXY, "*")
@@ -316,7 +305,7 @@ class _Transfer:
         if token:
             fields.append(f"Authorization: Bearer {token}")
         if self._request.body is None:
-            set_option(pycurl.NOBODY, 0 if self._taker else 1)
+            set_option(pycurl.NOBODY, 0 if self._wants_body else 1)
         else:
             length = self._request.body.length_bytes
             set_option(pycurl.UPLOAD, 1)
@@ -367,14 +356,14 @@ class _Transfer:
     def look(self, now: float) -> str:
         """What to say if no byte has moved for too long; ``""`` and the time of the next look if all is well."""
         # Bytes of the answer do not count, where not asked for: it is short, and one that trickles would never end.
-        answered_bytes = self._body_bytes if self._request.alive or self._taken else 0
+        answered_bytes = self._incoming.body_bytes if self._request.alive or self._incoming.taken else 0
         moved = (self.sent_bytes() + answered_bytes, self._unacknowledged_bytes())
         if moved != self._moved or self.paused:
             self._moved = moved
             self._moved_at = now
         still_s = now - self._moved_at
         if still_s >= self._limit_s():
-            if self._all_handed_over() and not self._taken:
+            if self._all_handed_over() and not self._incoming.taken:
                 return f"no answer within {still_s:.0f} s of the last byte"
             return f"no byte moved for {still_s:.0f} s"
         self._plan_look(now)
@@ -384,7 +373,8 @@ class _Transfer:
         return self._position >= self._end
 
     def _limit_s(self) -> float:
-        return self._stall_timeout_s if self._taken or not self._all_handed_over() else self._request.answer_timeout_s
+        moving = self._incoming.taken or not self._all_handed_over()
+        return self._stall_timeout_s if moving else self._request.answer_timeout_s
 
     def _plan_look(self, now: float) -> None:
         # The shorter limit, because a transfer may go over from one to the other at any time.
@@ -431,62 +421,25 @@ class _Transfer:
         self._position = self._start + offset
         return int(pycurl.SEEKFUNC_OK)
 
-    def _on_field(self, line: bytes) -> None:
-        if line.startswith(b"HTTP/"):  # what came before was interim (RFC 9110, 15.2) or a proxy's
-            self._head = []
-            self._head_whole = False
-            number = line[:16].split(b" ")[1:2]  # libcurl tells it only when no callback of it runs
-            self._status = int(number[0]) if number and number[0].strip().isdigit() else 0
-        elif line in (b"\r\n", b"\n"):
-            self._head_whole = True
-        elif not self._head_whole:  # else a trailer, which nothing of ours reads
-            self._head.append(line)
-
     def _on_body(self, piece: bytes) -> int | None:
-        if self._is_taken():
+        if self._incoming.is_for_taker():
             now = time.monotonic()
             if not self._bandwidth.take_whole(len(piece), now):
                 self.paused, self.paused_at = True, now
                 return int(pycurl.WRITEFUNC_PAUSE)  # the same piece comes again
-            self._body_bytes += len(piece)
-            assert self._taker is not None
-            self._taker.take(piece)
-            return None
-        self._body_bytes += len(piece)
-        self._body += piece[: BODY_LIMIT_BYTES - len(self._body)]
-        return None if self._body_bytes <= ANSWER_LIMIT_BYTES else -1
-
-    def _is_taken(self) -> bool:
-        if self._taken is None:
-            self._taken = self._taker is not None and self._taker.begin(Answer(self._status, self._fields()))
-        return self._taken
-
-    def _fields(self) -> dict[str, str]:
-        fields: dict[str, str] = {}
-        for line in self._head:
-            name, _, value = line.decode("iso-8859-1").partition(":")
-            name, value = name.strip().lower(), value.strip()
-            fields[name] = f"{fields[name]}, {value}" if name in fields else value
-        return fields
+        return None if self._incoming.add(piece) else -1
 
     def answer(self) -> Answer | Fault:
-        status = int(self.easy.getinfo(pycurl.RESPONSE_CODE))
-        if not self._head_whole or status < 200:
-            return Fault(FaultKind.NETWORK, "the connection was cut within the fields of the answer")
-        self._is_taken()  # where nothing came of the body there was none
-        body = bytes(self._body)
-        if status >= 300 and len(self._token) >= TOKEN_SECRET_CHARACTERS:  # what is kept and logged, never a receipt
-            body = body.replace(self._token.encode("ascii"), b"(the token)")
-        return Answer(status, self._fields(), body)
+        return self._incoming.answer(int(self.easy.getinfo(pycurl.RESPONSE_CODE)), self._token)
 
     def fault(self, code: int, message: str) -> Fault:
         if self._artifact_error:
             return Fault(FaultKind.ARTIFACT, self._artifact_error)
-        if self._body_bytes > ANSWER_LIMIT_BYTES and not self._taken:
+        if self._incoming.too_long:
             return Fault(FaultKind.NETWORK, f"the answer's body goes on for more than {ANSWER_LIMIT_BYTES} bytes")
         if code == pycurl.E_UNSUPPORTED_PROTOCOL and self.easy.getinfo(pycurl.PRIMARY_IP):  # said after connecting
             return Fault(FaultKind.SETTINGS, f"what answers there is not HTTP, see destination.url: {message}")
-        if "unexpected eof" in message and not self._head and not self._certified:
+        if "unexpected eof" in message and not self._incoming.began and not self._certified:
             # Servers that drop a TLS 1.3 connection without an alert (Python's asyncio) look like a cut line.
             message += "; if it asks for client certificates, set destination.client_cert"
         return Fault(_kind(code, message), f"{message or 'no reason given'} (curl {code})")
