@@ -7,19 +7,16 @@ is started again; `Program.wait` waits for the end of every worker that it had.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import itertools
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from interpose import READING, Action, Call, Nursery, Program, Stuck, work
-from lab import Receiver, fastship, wait_until
-from receiver_process import make_artifact
-from sweep import FAILURES, KILL, KILL_ALL, READ_FAILURES, WAYS, Look, Point, Scene, check_store, seed, some_ways, sweep
+from interpose import READING, Action, Call, Program, Stuck, work
+from lab import fastship, wait_until
+from sweep import FAILURES, KILL, KILL_ALL, READ_FAILURES, Look, Point, Scene, some_ways, staged, sweep
 
 pytestmark = [
     pytest.mark.skipif(not work(), reason="seccomp's user notifications do not work here"),
@@ -52,17 +49,10 @@ def end(scene: Scene, program: Program, point: Point | None) -> int:
 
 @pytest.mark.parametrize("way", some_ways(["sent while packed", "resumable"], "daemon"))
 def test_at_each_system_call(way: str, tmp_path: Path) -> None:
-    """One receiver takes the episodes of all attempts: they have names of their own."""
-    store, artifact = tmp_path / "receiver" / "store", make_artifact("held")
-    _, _, _, *options = seed(store, artifact)
-    stored: list[str] = []
-    numbers = itertools.count()
-    with contextlib.closing(Nursery()) as nursery, contextlib.closing(Receiver(store, *options)) as receiver:
+    with staged(tmp_path) as stage:
 
         def attempt(point: Point | None, calls: frozenset[str]) -> Look:
-            number = next(numbers)
-            scene = Scene(tmp_path / str(number), receiver.url, WAYS[way], number, late=True)
-            stored.extend((scene.small, scene.big))
+            scene, nursery = stage.scene(way, late=True), stage.nursery
             look = Look(("supervisor", "worker"), scene.places, point)
             program = nursery.start(*scene.run, out=scene.out, log=scene.log, look=look, calls=calls)
             try:
@@ -70,7 +60,7 @@ def test_at_each_system_call(way: str, tmp_path: Path) -> None:
                 scene.finish()
                 settle(scene, program, look)
                 code = end(scene, program, point)
-                scene.check_nothing_lost(store)
+                scene.check_nothing_lost(stage.store)
                 if code:
                     program = nursery.start(*scene.run, out=scene.out, log=scene.log)
                     settle(scene, program, Look((), {}))
@@ -80,30 +70,27 @@ def test_at_each_system_call(way: str, tmp_path: Path) -> None:
             if point is not None:
                 code = nursery.start(*scene.once, out=scene.out, log=scene.log).wait()
                 scene.check_log(code, None)
-            scene.check_all_right(store)
+            scene.check_all_right(stage.store)
             scene.remove()
             return look
 
         sweep("daemon", way, attempt, kinds=(KILL, KILL_ALL, *FAILURES, *READ_FAILURES), slow=True)
-    check_store(store, artifact, stored)
 
 
 def test_a_file_that_cannot_be_read_any_more_is_told_and_keeps_nobody_waiting(tmp_path: Path) -> None:
     """For as long as it lasts the episode stays where it is, and ``fastship status`` says why; then it is shipped."""
-    store = tmp_path / "receiver" / "store"
-    _, _, _, *options = seed(store, make_artifact("held"))
-    with contextlib.closing(Nursery()) as nursery, contextlib.closing(Receiver(store, *options)) as receiver:
-        scene = Scene(tmp_path / "1", receiver.url, WAYS["resumable"])
+    with staged(tmp_path) as stage:
+        scene = stage.scene("resumable")
         spoilt = True
 
         def look(call: Call) -> Action:
             return errno.EIO if spoilt and call.path.endswith("deep/noise") and call.name.startswith("pread") else None
 
-        program = nursery.start(*scene.run, out=scene.out, log=scene.log, look=look, calls=READING)
+        program = stage.nursery.start(*scene.run, out=scene.out, log=scene.log, look=look, calls=READING)
         try:
             wait_until(lambda: not program.ended and tried(scene, scene.big) >= 2, "a second attempt")
             wait_until(lambda: set(scene.lab.names("episodes")) == {scene.big, "held"}, "the end of all others")
-            scene.check_nothing_lost(store)
+            scene.check_nothing_lost(stage.store)
             said = subprocess.run(fastship("status", "-c", scene.settings_file), capture_output=True, text=True).stdout
             assert "WAITING" in said
             assert f"{scene.big}/deep/noise cannot be read: Input/output error; look into the kernel's log" in said
@@ -112,7 +99,7 @@ def test_a_file_that_cannot_be_read_any_more_is_told_and_keeps_nobody_waiting(tm
             assert end(scene, program, None) == 0
         finally:
             program.kill()
-        scene.check_all_right(store)
+        scene.check_all_right(stage.store)
 
 
 def tried(scene: Scene, episode: str) -> int:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 from pathlib import Path
 
 import pytest
-from interpose import Nursery, work
-from lab import Receiver
-from receiver_process import make_artifact
-from sweep import FAILURES, KILL, KILL_ALL, READ_FAILURES, WAYS, Look, Point, Scene, check_store, seed, some_ways, sweep
+from interpose import work
+from sweep import FAILURES, KILL, KILL_ALL, READ_FAILURES, Look, Point, some_ways, staged, sweep
 
 pytestmark = [
     pytest.mark.skipif(not work(), reason="seccomp's user notifications do not work here"),
@@ -20,27 +16,19 @@ pytestmark = [
 
 @pytest.mark.parametrize("way", some_ways(["sent while packed", "resumable"], "shipper"))
 def test_at_each_system_call(way: str, tmp_path: Path) -> None:
-    """One receiver takes the episodes of all attempts: they have names of their own."""
-    store, artifact = tmp_path / "receiver" / "store", make_artifact("held")
-    _, _, _, *options = seed(store, artifact)
-    stored: list[str] = []
-    numbers = itertools.count()
-    with contextlib.closing(Nursery()) as nursery, contextlib.closing(Receiver(store, *options)) as receiver:
+    with staged(tmp_path) as stage:
 
         def attempt(point: Point | None, calls: frozenset[str]) -> Look:
-            number = next(numbers)
-            scene = Scene(tmp_path / str(number), receiver.url, WAYS[way], number)
-            stored.extend((scene.small, scene.big))
+            scene = stage.scene(way)
             look = Look(("supervisor", "worker"), scene.places, point)
-            code = nursery.start(*scene.once, out=scene.out, log=scene.log, look=look, calls=calls).wait()
+            code = stage.nursery.start(*scene.once, out=scene.out, log=scene.log, look=look, calls=calls).wait()
             scene.check_log(code if code >= 0 else None, point)
-            scene.check_nothing_lost(store)
+            scene.check_nothing_lost(stage.store)
             if point is not None:
-                code = nursery.start(*scene.once, out=scene.out, log=scene.log).wait()
+                code = stage.nursery.start(*scene.once, out=scene.out, log=scene.log).wait()
                 scene.check_log(code, None)
-            scene.check_all_right(store)
+            scene.check_all_right(stage.store)
             scene.remove()
             return look
 
         sweep("shipper", way, attempt, kinds=(KILL, KILL_ALL, *FAILURES, *READ_FAILURES))
-    check_store(store, artifact, stored)

@@ -16,6 +16,7 @@ shipper or the receiver; what must hold is the same for both:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -24,14 +25,15 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import faults
 import zstandard
-from interpose import CHANGING, READING, Action, Call, Stuck
-from lab import COMMIT, Lab, contents, contents_of, noise, telemetry, tree
+from interpose import CHANGING, READING, Action, Call, Nursery, Stuck
+from lab import COMMIT, Lab, Receiver, contents, contents_of, noise, telemetry, tree
+from receiver_process import make_artifact
 
 from fastship import durable
 from fastship.episode import ARTIFACT_SUFFIX, MARKER
@@ -364,6 +366,36 @@ def seed(store: Path, artifact: bytes) -> list[str]:
     commits = store.parent / "commits"
     commits.write_text(f"{COMMIT}\n")
     return ["receive", "--root", str(store), "--commits", str(commits)]
+
+
+class Stage(NamedTuple):
+    """What all attempts of a shipper's sweep share: one receiver. Their episodes have names of their own."""
+
+    directory: Path
+    nursery: Nursery
+    receiver: Receiver
+    scenes: list[Scene]
+
+    @property
+    def store(self) -> Path:
+        return self.receiver.root
+
+    def scene(self, way: str, *, late: bool = False) -> Scene:
+        """The next one."""
+        number = len(self.scenes)
+        self.scenes.append(Scene(self.directory / str(number), self.receiver.url, WAYS[way], number, late=late))
+        return self.scenes[-1]
+
+
+@contextlib.contextmanager
+def staged(directory: Path) -> Iterator[Stage]:
+    """In the end the receiver has what all scenes shipped, and nothing else for ever. Raises `Wrong`."""
+    store, artifact = directory / "receiver" / "store", make_artifact("held")
+    _, _, _, *options = seed(store, artifact)
+    with contextlib.closing(Nursery()) as nursery, contextlib.closing(Receiver(store, *options)) as receiver:
+        stage = Stage(directory, nursery, receiver, [])
+        yield stage
+    check_store(store, artifact, [name for scene in stage.scenes for name in (scene.small, scene.big)])
 
 
 def check_served(log: Path, code: int, point: Point | None) -> None:
