@@ -78,7 +78,12 @@ _RANGES: dict[int, Row] = {
 }
 # Pages are a web server's or a proxy's own, and nobody's verdict on an episode. Of one attempt, because one request may
 # be odd; three in a row are the destination's (plain HTTP to a TLS port, a client certificate that nginx wants: 400).
-_PAGE = Row(_T, _N, False, "a web server or proxy refuses the request, not a receiver; see destination.url")
+_PAGE = Row(
+    _T,
+    _N,
+    False,
+    "a web server or proxy refuses it, not a receiver, so it is tried again; see destination.url and that server's log",
+)
 # Said of the size alone: smaller episodes pass, and this one when the limit is raised.
 _PAGE_413 = Row(
     _T, _E, False, "too large for a web server or proxy on the way; raise its limit (nginx: client_max_body_size)"

@@ -225,6 +225,27 @@ def test_one_episodes_409_in_a_servers_own_words_keeps_no_other_waiting(lab: Lab
         wait_until(lambda: lab.names("episodes") == [], "it, too")
 
 
+def test_status_says_what_a_page_means_and_what_to_do(lab: Lab, destination: Destination) -> None:
+    lab.episode("odd")
+    page = b"<html><head><title>406 Not Acceptable</title></head></html>"
+    destination.say("odd", Reply(406, page, {"Content-Type": "text/html"}))
+    status, rows = fastship("status", "-c", lab.settings_file()), list[str]()
+
+    def is_told() -> bool:  # not while it is being tried
+        said = subprocess.run(status, capture_output=True, text=True).stdout.partition("WAITING")[2]
+        rows[:] = [line for line in said.partition("\n\n")[0].splitlines() if line.startswith("odd")]
+        return bool(rows)
+
+    with Daemon(lab.settings(QUICK)):
+        wait_until(is_told, "its line")
+        lab.episode("ep1")
+        wait_until(lambda: lab.names("shipped") == ["ep1"], "the other")
+        assert lab.names("quarantine") == lab.names("holds") == []
+    (row,) = rows
+    for part in ("status 406", "not a receiver", "tried again", "destination.url and that server's log", "Acceptable"):
+        assert part in row
+
+
 def test_5xx_is_not_packed_again(lab: Lab, destination: Destination) -> None:
     lab.episode()
     destination.say("ep1", Reply(500), Reply(502), Reply(507), Reply(0), STORE)
