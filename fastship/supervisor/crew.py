@@ -159,6 +159,11 @@ class Crew:
             raise
         return process, channel
 
+    def begins(self, hand: Hand) -> None:
+        """It says that it is ready: whatever kept others from starting is over."""
+        hand.ready = True
+        self._failed_boots = 0
+
     def restrain(self) -> None:
         """What `hire` could not do yet. Does not wait: to be called again and again."""
         for hand in self.hands.values():
@@ -220,7 +225,7 @@ class Crew:
             ended.append((hand, f"killed by signal {-status}" if status < 0 else f"ended with status {status}"))
             # One that is told to leave while it starts (settings were read anew) does so, and is no failure.
             failed = not hand.ready and not hand.leaving
-            self._failed_boots = 0 if hand.ready else self._failed_boots + failed
+            self._failed_boots += failed
             if failed and (status == ipc.BOOT_FAILED or self._failed_boots >= BOOTS_BEFORE_GIVING_UP):
                 raise WorkerCannotStart(
                     f"a worker process could not start ({ended[-1][1]})",

@@ -227,7 +227,7 @@ class Supervisor:
     def _heard(self, hand: Hand, message: ipc.FromWorker) -> None:
         match message:
             case ipc.Ready():
-                hand.ready = True
+                self._crew.begins(hand)
                 self._events.append(ev.WorkerJoined(hand.number))
             case ipc.Beat():
                 self._beat(hand, message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import selectors
 import subprocess
 import sys
@@ -119,6 +120,31 @@ def test_workers_that_were_told_to_leave_while_they_started_do_not_count_as_fail
         reap_one(crew, leaving=leaving)
     with pytest.raises(WorkerCannotStart):
         reap_one(crew, leaving=False)
+
+
+def test_those_that_did_not_start_count_until_one_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that was out of processes for a while, and a week later one worker that was killed while it started, ended
+    the daemon."""
+    crew = Crew(Settings(), -1, selectors.DefaultSelector())
+    ours, theirs = ipc.pair()
+    crew.hands[1] = there = Hand(1, subprocess.Popen(["true"]), ours)
+
+    def refused(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", refused)
+        patch.setattr(crew_module, "HIRE_AGAIN_S", 0.0)
+        for _ in range(5):
+            assert crew.hire(threads=1) is None
+    crew.begins(there)
+    for _ in range(2):
+        reap_one(crew, leaving=False)
+    with pytest.raises(WorkerCannotStart):
+        reap_one(crew, leaving=False)
+    there.process.wait()
+    ours.close()
+    theirs.close()
 
 
 def test_where_the_kernel_holds_a_process_that_sleeps_is_nowhere(hand: Hand) -> None:
