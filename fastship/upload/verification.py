@@ -124,7 +124,7 @@ def _inquire(
     while not left.is_set():
         while len(under_way) < AT_ONCE and (inquiry := next(pending, None)) is not None:
             under_way[inquiry.episode] = inquiry, Retries(upload, random.random)
-            due.append((0.0, inquiry.episode))
+            heapq.heappush(due, (0.0, inquiry.episode))
         if not under_way:
             return
         now = time.monotonic()

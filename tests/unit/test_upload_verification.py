@@ -47,6 +47,24 @@ def test_an_answer_may_take_its_time_in_line_feeds() -> None:
     assert found[0].verdict == "sound"
 
 
+def test_one_that_is_to_be_asked_later_keeps_no_other_waiting() -> None:
+    told = set[str]()
+
+    def script(peer: Peer, head: Head) -> None:
+        episode = asked(head)
+        told.add(episode)
+        if episode == "a" and "d" not in told:
+            peer.answer(503)
+        else:
+            peer.answer(200, document(episode))
+
+    patient = msgspec.structs.replace(UPLOAD, retries=2, retry_min_s=10.0, retry_max_s=10.0)
+    with Server(script) as server:
+        found = reread("abcd", to(server), patient)
+        assert [next(found).episode for _ in range(3)] == ["b", "c", "d"]
+        found.close()
+
+
 def test_what_is_not_stored_is_missing() -> None:
     found, _ = ask(lambda peer, _head: peer.answer(404, b'{"error": "...", "code": "not-stored"}'), "a")
     assert (found[0].episode, found[0].verdict) == ("a", "missing")
