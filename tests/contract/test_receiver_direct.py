@@ -96,6 +96,25 @@ def test_nothing_beyond_the_declared_length_is_taken(server: Server) -> None:
     check_stored(server, "long", DATA)
 
 
+def test_where_no_descriptor_is_to_be_had_the_loop_takes_it(server: Server) -> None:
+    process = psutil.Process(server.process.pid)
+
+    def come(count: int) -> bool:
+        return sum(path.stat().st_size for path in (server.root / "uploads").glob("one-*.part")) >= count
+
+    with connect(server) as sock:
+        sock.sendall(head_of("short-of-them", len(DATA)) + DATA[:3_000_000])
+        wait_for(lambda: come(2_000_000))
+        limits = process.rlimit(psutil.RLIMIT_NOFILE)
+        process.rlimit(psutil.RLIMIT_NOFILE, (3, limits[1]))  # what is open stays so
+        sock.sendall(DATA[3_000_000:20_000_000])
+        wait_for(lambda: come(18_000_000))
+        process.rlimit(psutil.RLIMIT_NOFILE, limits)
+        sock.sendall(DATA[20_000_000:])
+        assert reply_of(sock)[0] == 201
+    check_stored(server, "short-of-them", DATA)
+
+
 def test_a_cut_and_a_takeover_leave_what_came(server: Server) -> None:
     location = server.create("cut", DATA).headers["location"]
     server.begin_append(location, DATA, 0, 10_000_000).close()

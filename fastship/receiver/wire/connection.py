@@ -178,7 +178,10 @@ class _Lent:
             return None
         connection.flow.pause_reading()
         # A descriptor of its own: the transport may be closed meanwhile, and its number be another file's.
-        self._socket = socket.socket(fileno=os.dup(connection.transport.get_extra_info("socket").fileno()))
+        try:
+            self._socket = socket.socket(fileno=os.dup(connection.transport.get_extra_info("socket").fileno()))
+        except OSError:  # none to be had
+            return None
         return self._socket
 
     def give_back(self, taken: int) -> None:
