@@ -25,7 +25,7 @@ from fastship.errors import ArtifactError
 from fastship.frames.reader import WHOLE_FRAME_BYTES, ArtifactReader, FrameThreads, decompress_frame
 from fastship.frames.seektable import SKIPPABLE_HEADER, FrameTable
 from fastship.frames.threads import start_thread
-from fastship.frames.verify import Digested, VerifiedContent, check_index, most_content_bytes
+from fastship.frames.verify import Digested, VerifiedContent, check_index, most_content_bytes, most_members
 
 START_BYTES = 4 << 20  # of a file; what is smaller is verified in some milliseconds when it is whole
 _IDLE_S = 60.0  # without a new byte: whoever appends may have gone, and the thread and its place are others' to have
@@ -98,12 +98,15 @@ class Following:
             self._changed.notify_all()
 
     def _start(self, of: int) -> None:
-        self._started = True
+        self._started = self._ended = True  # until a thread has begun: whoever waits for the end waits for one
         release = self._place()
         if release is None:
-            self._ended = True
             return
-        fd = os.dup(of)
+        try:
+            fd = os.dup(of)
+        except OSError:  # no descriptor to be had: `verify_content` is the judge
+            release()
+            return
 
         def run() -> None:
             found = None
@@ -118,13 +121,21 @@ class Following:
                     self._changed.notify_all()
                 release()
 
-        start_thread(run, "frames-follow")
+        self._ended = False
+        try:
+            start_thread(run, "frames-follow")
+        except RuntimeError:  # no thread
+            self._ended = True
+            os.close(fd)
+            release()
 
     def _verify(self, fd: int) -> VerifiedContent:
         sizes = array("Q")
         with contextlib.closing(self._contents(fd, sizes)) as contents:
             found = Digested(contents).judge()
         assert self._total is not None
+        if self._max_ratio and (found.members or 0) > most_members(self._total):
+            raise _GivenUp
         reader = ArtifactReader(lambda offset, length: os.pread(fd, length, offset), self._total)
         if reader.table is not None:
             # The last frame seen is the table's own.

@@ -70,6 +70,11 @@ def most_content_bytes(artifact_bytes: int, max_ratio: int) -> int:
     return max(RATIO_FROM_BYTES, artifact_bytes * max_ratio)
 
 
+def most_members(artifact_bytes: int) -> int:
+    """What an artifact of so many bytes may have of them, where there is a ratio."""
+    return _MEMBERS_FROM + artifact_bytes
+
+
 class ReadAgain(msgspec.Struct, frozen=True):
     """What the bytes of an artifact are: their SHA-256, and the content, or (``fault``) why there is none."""
 
@@ -131,8 +136,8 @@ def _verify(
     contents = reader.stream(threads)
     if max_ratio:
         contents = _in_proportion(contents, reader, max_ratio)
-    most_members = _MEMBERS_FROM + reader.total_bytes if max_ratio else None
-    found = Digested(contents, reader.content_bytes or 0, max_content_bytes, stopped, most_members).judge()
+    most = most_members(reader.total_bytes) if max_ratio else None
+    found = Digested(contents, reader.content_bytes or 0, max_content_bytes, stopped, most).judge()
     check_index(reader, found.members)
     return found
 

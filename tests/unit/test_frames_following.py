@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import struct
@@ -14,7 +15,7 @@ import pytest
 import zstandard
 
 from fastship.errors import ArtifactError
-from fastship.frames import Following, FramePool, following, verify_content
+from fastship.frames import Bomb, Following, FramePool, following, verify, verify_content
 from fastship.pack import PackOptions, pack
 
 FRAME_BYTES = 1 << 16
@@ -150,6 +151,45 @@ def test_it_ends_when_it_is_abandoned_stopped_or_left_alone(
     ends(stop)
     monkeypatch.setattr(following, "_IDLE_S", 0.05)
     ends(lambda _followed: time.sleep(0))
+
+
+@pytest.mark.parametrize("wanting", ["a descriptor", "a thread"])
+def test_where_the_system_gives_no_descriptor_or_thread_the_whole_is_left_to_the_end(
+    fd: int, artifact: bytes, monkeypatch: pytest.MonkeyPatch, wanting: str
+) -> None:
+    """What is written counts all the same, and who waits for the end does not wait for ever."""
+
+    def refused(*_: object) -> int:
+        raise (
+            OSError(errno.EMFILE, "none left") if wanting == "a descriptor" else RuntimeError("can't start new thread")
+        )
+
+    monkeypatch.setattr(*((os, "dup") if wanting == "a descriptor" else (threading.Thread, "start")), refused)
+    ended = threading.Event()
+    followed = Following(threads=1, place=lambda: ended.set)
+    os.pwrite(fd, artifact, 0)
+    followed.advance(fd, len(artifact) // 2)
+    assert ended.is_set()
+    assert not followed.is_under_way
+    monkeypatch.undo()
+    followed.advance(fd, len(artifact))
+    looks = iter(range(5))
+    assert followed.finish(len(artifact), lambda: next(looks, 5) == 5) is None
+
+
+def test_more_members_than_there_may_be_are_left_to_the_end(
+    fd: int, tmp_path: Path, artifact: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which refuses them: the verdict on an artifact must not depend on whether there was a place."""
+    for most, found in ((41, True), (40, False)):  # the files and their directory
+        monkeypatch.setattr(verify, "_MEMBERS_FROM", most - len(artifact))
+        ended = threading.Event()
+        followed = Following(threads=1, place=lambda ended=ended: ended.set, max_ratio=1000)
+        os.pwrite(fd, artifact, 0)
+        followed.advance(fd, len(artifact))
+        assert (followed.finish(len(artifact), go_on) is not None) == found
+    with pytest.raises(Bomb, match="members"):
+        verify_content(tmp_path / "part", max_ratio=1000)
 
 
 def test_where_there_is_no_place_it_does_not_begin(fd: int, artifact: bytes) -> None:
