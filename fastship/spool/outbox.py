@@ -76,7 +76,7 @@ class Outbox:
         try:
             fd = os.open(path, flags, 0o644)
         except OSError:  # not a file of ours, or not ours to write
-            durable.unlink_if_present(path)
+            self.drop_partial(episode)
             fd = os.open(path, flags, 0o644)
         try:
             if not os.fstat(fd).st_size:

@@ -63,6 +63,22 @@ def test_what_stands_in_the_partials_place_is_replaced_or_told(spool: Spool, tmp
         spool.outbox.begin("dir")
 
 
+def test_a_partial_that_cannot_be_used_takes_its_manifest_along(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone it would say that the artifact was given up."""
+    manifest = put_artifact(spool, "ep")
+    os.rename(spool.outbox.artifact("ep"), spool.outbox.partial("ep"))  # a crash in `commit`
+    assert spool.outbox._read_manifest("ep") == manifest
+
+    def refused(*_: object, **__: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refused)
+        with pytest.raises(PermissionError):
+            spool.outbox.begin("ep")
+    assert spool.outbox.find_given_up("ep") is None
+
+
 URL, AT = "http://there/v1/uploads/1", "http://there"
 
 
