@@ -66,8 +66,8 @@ class Verifications:
         if self._asked >= _AT_ONCE + _WAITING:
             return _TOO_MANY
         gone = threading.Event()
+        reading = loop.run_in_executor(self._threads, self._check, episode, gone)  # may be refused a thread
         self._asked += 1
-        reading = loop.run_in_executor(self._threads, self._check, episode, gone)
         leaving: asyncio.Future[None] = asyncio.ensure_future(request.left())
         ends: list[asyncio.Future[Any]] = [reading, leaving]
         try:

@@ -78,8 +78,13 @@ class Retention:
             return
         self._wanted_free_bytes = self._free_bytes() + missing_bytes if self._rules.shipped_make_room else 0
         self._spool.ages.look()
-        self._thread = threading.Thread(target=self._round, name="retention", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._round, name="retention", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            self._waits(f"the system has no thread for it: {error}")
+        else:
+            self._thread = thread
 
     def close(self) -> None:
         """Remove no more copies. One that is being removed is finished by the next start."""

@@ -12,6 +12,7 @@ import pytest
 from asgi import Asking, Message, Reply, ask, scope_of
 from receiver_process import make_artifact, sha256_field
 
+from fastship.receiver import verification
 from fastship.receiver.app import Receiver, create_app
 from fastship.settings import ReceiverSettings
 
@@ -190,3 +191,20 @@ def test_an_upload_of_a_random_name_that_nobody_was_told_is_not_kept(tmp_path: P
         assert not list((tmp_path / "root" / "uploads").glob("*.part"))
     finally:
         app.close()
+
+
+def test_a_verification_that_was_refused_a_thread_takes_no_place(
+    app: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After some of them, all were told to wait, until the receiver was started again."""
+    assert request(app, "PUT", "/v1/episodes/e", DATA).status == 201
+
+    def refused(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(app._verifications._threads, "submit", refused)
+        patch.setattr(verification, "_WAITING", 0)
+        assert [request(app, "POST", "/v1/verifications/e").status for _ in range(4)] == [500] * 4
+    reply = request(app, "POST", "/v1/verifications/e")
+    assert (reply.status, reply.json()["verdict"]) == (200, "sound")
