@@ -84,10 +84,10 @@ def answer_for_it(front: Proxy, near: Near, head: Head, passed: Passed) -> bool:
     return give(near, passed, says or front.exchange(request))
 
 
-def reply(status: int, **fields: str) -> Answer:
-    named = {"content-length": "0"} | {name.replace("_", "-"): value for name, value in fields.items()}
+def reply(status: int, body: bytes = b"", **fields: str) -> Answer:
+    named = {"content-length": str(len(body))} | {name.replace("_", "-"): value for name, value in fields.items()}
     lines = [f"HTTP/1.1 {status} No", *(f"{name}: {value}" for name, value in named.items()), "", ""]
-    return Answer("\r\n".join(lines).encode(), status, named)
+    return Answer("\r\n".join(lines).encode() + body, status, named)
 
 
 @pytest.fixture
@@ -163,6 +163,7 @@ REPLIES = {
     "429": reply(429),
     "503 with Retry-After": reply(503, retry_after="1"),
     "502 of a proxy": reply(502),
+    "409 of a proxy": reply(409, b"Conflict", connection="close"),  # to HEAD, too
 }
 
 
