@@ -153,25 +153,29 @@ def test_it_ends_when_it_is_abandoned_stopped_or_left_alone(
     ends(lambda _followed: time.sleep(0))
 
 
-@pytest.mark.parametrize("wanting", ["a descriptor", "a thread"])
+def no_descriptor(_fd: int) -> int:
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+def no_thread(_thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "refused"), [(os, "dup", no_descriptor), (threading.Thread, "start", no_thread)]
+)
 def test_where_the_system_gives_no_descriptor_or_thread_the_whole_is_left_to_the_end(
-    fd: int, artifact: bytes, monkeypatch: pytest.MonkeyPatch, wanting: str
+    fd: int, artifact: bytes, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, refused: object
 ) -> None:
     """What is written counts all the same, and who waits for the end does not wait for ever."""
-
-    def refused(*_: object) -> int:
-        raise (
-            OSError(errno.EMFILE, "none left") if wanting == "a descriptor" else RuntimeError("can't start new thread")
-        )
-
-    monkeypatch.setattr(*((os, "dup") if wanting == "a descriptor" else (threading.Thread, "start")), refused)
     ended = threading.Event()
     followed = Following(threads=1, place=lambda: ended.set)
     os.pwrite(fd, artifact, 0)
-    followed.advance(fd, len(artifact) // 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, refused)
+        followed.advance(fd, len(artifact) // 2)
     assert ended.is_set()
     assert not followed.is_under_way
-    monkeypatch.undo()
     followed.advance(fd, len(artifact))
     looks = iter(range(5))
     assert followed.finish(len(artifact), lambda: next(looks, 5) == 5) is None
@@ -181,11 +185,10 @@ def test_more_members_than_there_may_be_are_left_to_the_end(
     fd: int, tmp_path: Path, artifact: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which refuses them: the verdict on an artifact must not depend on whether there was a place."""
+    os.pwrite(fd, artifact, 0)
     for most, found in ((41, True), (40, False)):  # the files and their directory
         monkeypatch.setattr(verify, "_MEMBERS_FROM", most - len(artifact))
-        ended = threading.Event()
-        followed = Following(threads=1, place=lambda ended=ended: ended.set, max_ratio=1000)
-        os.pwrite(fd, artifact, 0)
+        followed = Following(threads=1, place=lambda: lambda: None, max_ratio=1000)
         followed.advance(fd, len(artifact))
         assert (followed.finish(len(artifact), go_on) is not None) == found
     with pytest.raises(Bomb, match="members"):
