@@ -67,13 +67,12 @@ class Receiver:
         except ImportError as error:
             raise missing_extra(error) from None
         self._settings = settings
-        self._store = Store(settings)
-        limits = Limits(settings.token_rate, settings.token_uploads, settings.token_upload_bytes)
-        self._access = Access(settings.token_file, settings.commits_file, self._store.secret, limits)
+        self._store = Store(settings, lambda owner: self._access.stored_bytes(owner))
+        self._access = Access(settings.token_file, settings.commits_file, self._store.secret, Limits.usual(settings))
         self._uploads = self._store.uploads
         self._ending = Ending(self._store)
         self._shares = Shares(self._store, settings)
-        self._metrics = Metrics()
+        self._metrics = Metrics(self._store.accounts)
         self._threads = Threads(self._store.stop)
         self._in, self._take, self._lane = self._threads.run, self._threads.take, self._threads.lane
         self._io, self._publishing = self._threads.io, self._threads.publishing
@@ -97,6 +96,7 @@ class Receiver:
         self._takers.close()
         self._small.close()
         self._verifications.close()
+        self._store.recount.close()
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -115,6 +115,8 @@ class Receiver:
                 _log.error("%s cannot be looked through now, in an hour again: %s", self._store.root, error)
             except Exception:
                 _log.exception("mending %s failed", self._store.root)
+            if self._access.limits_what_is_stored():
+                self._store.recount.ask()
             await asyncio.sleep(_MEND_INTERVAL_S)
 
     async def _serve(self, request: Request) -> None:
@@ -154,7 +156,8 @@ class Receiver:
         if request.path == "/metrics":
             if (refused := self._refuse_method(request, _READ)) is not None:
                 return refused
-            await request.text(self._metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
+            text = await self._in(self._io, self._metrics.text)
+            await request.text(text, "text/plain; version=0.0.4; charset=utf-8")
             return None
         match = _ROUTE.fullmatch(request.path)
         if "upgrade" in request.headers and request.method in ("PUT", "PATCH"):
@@ -238,12 +241,15 @@ class Receiver:
 
     def _facts(self, declared: Declared, overloaded: bool) -> Facts:
         settings = self._settings
+        owned_bytes, most_owned_bytes = self._shares.stored(declared.owner, declared.length or 1)
         return Facts(
             stored=self._store.receipt(declared.episode),
             room_bytes=self._store.room_bytes(
                 self._uploads.token(declared) if declared.sha256 else None, declared.length or 0
             ),
             max_bytes=settings.max_bytes,
+            owned_bytes=owned_bytes,
+            most_owned_bytes=most_owned_bytes,
             commits=self._access.commits(),
             commit_field=settings.commit_field,
             overloaded=overloaded,

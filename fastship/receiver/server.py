@@ -33,7 +33,7 @@ import msgspec
 
 from fastship.errors import EXIT_OK, ReceiverError
 from fastship.receiver.app import create_app, missing_extra
-from fastship.receiver.policy.access import Access
+from fastship.receiver.policy.access import Access, Limits
 from fastship.receiver.store.store import Store
 from fastship.settings import ReceiverSettings
 
@@ -58,7 +58,7 @@ def serve(settings: ReceiverSettings, *, announce: Callable[[str], None]) -> int
     """
     _require_uvicorn()
     Store(settings)  # every message about a root that cannot be used comes from here, before any process starts
-    Access(settings.token_file, settings.commits_file)
+    Access(settings.token_file, settings.commits_file, limits=Limits.usual(settings))
     _check_tls(settings)
     listening = _bind(settings.listen)
     host, port = listening.getsockname()[:2]

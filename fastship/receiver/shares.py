@@ -1,6 +1,6 @@
-"""What of the store a caller may have that it has not filled yet: unfinished uploads, and the room they declare.
+"""What of the store a caller may have: unfinished uploads, the room they declare, and what is stored.
 
-What always holds: an upload that there is already is never refused its rest for the number of others; a refusal is
+What always holds: an upload that there is already is never refused its rest for other unfinished ones; a refusal is
 never about the episode, so no client of ours gives one up for it. Blocks; called in threads. Imported by ``app``.
 """
 
@@ -50,12 +50,28 @@ class Shares:
                 refused = self._decide(caller, more, begins=False, fresh=True)
                 if refused is not None:
                     return refused.with_fields(*answers.about_upload())
+        whole = upload.declared.length or length or upload.partial.offset + body_bytes
+        stored_bytes, most_bytes = self.stored(upload.declared.owner, whole)
+        if most_bytes and stored_bytes + whole > most_bytes:  # what has come is kept, for when there is room
+            return decisions.full(stored_bytes, most_bytes).with_fields(*answers.about_upload())
         if length is not None:
             try:
                 self._uploads.declare_length(upload, length)
             except LengthMismatch as error:
                 return answers.length_mismatch(str(error), upload.partial.offset)
         return None
+
+    def stored(self, owner: str, wanted_bytes: int) -> tuple[int, int]:
+        """How many bytes the owner has stored and may have; ``(0, 0)`` where nothing limits him.
+
+        Where ``wanted_bytes`` more do not fit, all is counted again, soon: something may have been taken out. As of
+        now: the last word is asked when the artifact gets its name.
+        """
+        most_bytes = self._store.accounts.most_bytes(owner)
+        stored_bytes = self._store.accounts.stored_bytes(owner) if most_bytes else 0
+        if stored_bytes + wanted_bytes > most_bytes > 0:
+            self._store.recount.ask()
+        return stored_bytes, most_bytes
 
     def _decide(self, caller: Caller, new_bytes: int, *, begins: bool, fresh: bool) -> Answer | None:
         held = self._uploads.held(caller.owner, fresh=fresh)

@@ -131,6 +131,7 @@ class ReceiverSettings(Section, frozen=True, kw_only=True, forbid_unknown_fields
     token_rate: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     token_uploads: Count = 2000
     token_upload_bytes: Size = 0
+    token_stored_bytes: Size = 0
 
 
 class LogSettings(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -61,7 +61,7 @@ _STATUS: dict[int, Row] = {
     # The server does not know the method or the protocol: no retry within the attempt can change that.
     501: Row(_T, _N, False, "the destination does not know this method"),
     505: Row(_T, _N, False, "the destination does not speak this HTTP version"),
-    # No room at the receiver (507 of WebDAV, used so by ours): it will not have some within seconds.
+    # No room at the receiver (507 of WebDAV, used so by ours), or none for this token: not within seconds.
     507: Row(_T, _N, False, "the receiver has no room"),
     # A captive portal asks for a log-in (RFC 6585, 6).
     511: Row(_T, _N, False, "the network asks for a log-in"),
@@ -125,6 +125,19 @@ def _title(answer: Answer) -> str:
     return f" ({title[1].strip()!r})" if title else ""
 
 
+class _Said(msgspec.Struct, frozen=True):
+    error: str = ""
+
+
+def _sentence(answer: Answer) -> str:
+    """Which of a token's limits it is, in the receiver's own words: the status is the same for several."""
+    try:
+        said = msgspec.json.decode(answer.body, type=_Said).error
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return ""
+    return f": {said[:200]}" if said else ""
+
+
 def row_of_fault(fault: Fault) -> Row:
     return _FAULTS[fault.kind]
 
@@ -137,6 +150,7 @@ def verdict_of_status(answer: Answer, resumed_at: int = 0) -> Verdict:
         scope=row.scope,
         status=answer.status,
         error=f"status {answer.status}: {row.meaning}{_title(answer) if row is _PAGE else ''}"
+        + (_sentence(answer) if answer.status in (429, 507) else "")
         + (f" (it names {where[:200]!r})" if where and answer.status // 100 == 3 else ""),
         body=answer.text,
         retry_after_s=retry_after_s(answer),

@@ -310,7 +310,7 @@ def test_nothing_is_written_outside_the_root(start: Start, tmp_path: Path) -> No
     server.create("other", b"x")
     assert server.stop() == 0
     assert {entry.name for entry in tmp_path.iterdir()} == {"root", "root.log"}
-    assert {entry.name for entry in (tmp_path / "root").iterdir()} == {"episodes", "uploads", "secret"}
+    assert {entry.name for entry in (tmp_path / "root").iterdir()} == {"episodes", "uploads", "accounts", "secret"}
     assert os.stat(tmp_path / "root" / "secret").st_mode & 0o077 == 0
 
 

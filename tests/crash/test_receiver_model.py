@@ -18,7 +18,7 @@ import pytest
 from asgi import ask
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import invariant, precondition, rule, run_state_machine_as_test
 from receiver_beside import Beside, Pending, Says
 from receiver_model import (
     ARTIFACTS,
@@ -390,6 +390,15 @@ class History(Beside):
         assert set(found) == set(self.model.stored)
         for episode, finding in found.items():
             self.check_reading(episode, getattr(finding, "verdict", ""))
+
+    @invariant()
+    def accounts_are_never_too_little(self) -> None:
+        self.check_accounts()
+
+    @rule()
+    def count_again(self) -> None:
+        """Beside requests that are under way."""
+        assert self.apps[0]._store.recount.run()
 
     @rule()
     def start_again(self) -> None:

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -21,6 +23,7 @@ from receiver_model import ARTIFACTS, MAX_BYTES, RIGHT, Artifact, Model, Said, T
 from fastship import fields
 from fastship.receiver.app import Receiver, create_app
 from fastship.receiver.policy.decisions import Declared
+from fastship.receiver.store.store import Store
 from fastship.settings import ReceiverSettings
 
 T = TypeVar("T")
@@ -197,6 +200,7 @@ class Beside(RuleBasedStateMachine):
             receipt = reply.json()
             stored = self.model.stored[receipt["episode"]]
             assert receipt["artifact"]["sha256"] == stored.sha256
+            assert "owner" not in receipt
             assert reply.headers["repr-digest"] == fields.format_digest("sha-256", stored.sha256)
 
     def check_reading(self, episode: str, verdict: str) -> None:
@@ -214,7 +218,7 @@ class Beside(RuleBasedStateMachine):
 
     def look_through(self) -> None:
         model = self.model
-        create_app(self.settings)._store.mend()
+        Store(self.settings).mend()
         for episode, stored in model.stored.items():
             assert (self.root / "episodes" / f"{episode}.tar.zst").read_bytes() == stored.data
             receipt = self.root / "episodes" / f"{episode}.receipt.json"
@@ -234,13 +238,36 @@ class Beside(RuleBasedStateMachine):
         assert not differ, differ
         for key, upload in model.uploads.items():
             assert (self.root / "uploads" / f"{key.rpartition('/')[2]}.part").read_bytes() == upload.data
+        self.check_accounts(exactly=True)
         rotted = sorted(path.read_bytes() for path in self.root.glob("rotted/*.tar.zst"))
         assert rotted == sorted(model.rotted)
 
     def files(self) -> set[str]:
         """Of the store, but what was set aside; an artifact's receipt is looked at by itself."""
         names = (path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file())
-        return {one for one in names if not one.startswith("rotted/") and not one.endswith(".receipt.json")}
+        kept = (one for one in names if not one.startswith(("rotted/", "accounts/")))
+        return {one for one in kept if not one.endswith(".receipt.json")}
+
+    def owned(self) -> Counter[str]:
+        """Bytes of what is stored, by the owners that the receipts name."""
+        found: Counter[str] = Counter()
+        for path in (self.root / "episodes").glob("*.receipt.json"):
+            with contextlib.suppress(FileNotFoundError, ValueError):  # one that is taken away or renewed just now
+                told = json.loads(path.read_bytes())
+                if path.with_name(f"{told['episode']}.tar.zst").exists():
+                    found[told.get("owner", "")] += told["artifact"]["bytes"]
+        return found
+
+    def check_accounts(self, *, exactly: bool = False) -> None:
+        """Nobody's account is ever less than what he has; once all is counted, and nobody is storing, it is that."""
+        store = Store(self.settings)
+        accounts = store.accounts
+        for whose, size in self.owned().items():
+            assert not whose or accounts.stored_bytes(whose) >= size, (whose, size)
+        if exactly:
+            assert store.recount.run()
+            found = {whose: size for whose, size in accounts.all().items() if size}
+            assert found == {whose: size for whose, size in self.owned().items() if whose}
 
 
 async def begun(app: Receiver) -> LifeSpan:

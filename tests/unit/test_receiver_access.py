@@ -63,7 +63,7 @@ def test_a_change_is_in_force_at_once_and_a_lost_file_is_not(tmp_path: Path, cap
 def test_what_may_stand_after_a_token(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     path.write_text(
-        "one  name=host-a  rate=2.5/s uploads=3 upload-bytes=2TB  # its disk is small\n"
+        "one  name=host-a  rate=2.5/s uploads=3 upload-bytes=2TB stored-bytes=5TB  # its disk is small\n"
         "two name=host-a # the next one\n"
         "three\n"
         "four # rate=1/s\n"
@@ -71,7 +71,7 @@ def test_what_may_stand_after_a_token(tmp_path: Path) -> None:
     usual = Limits(rate=1.0, uploads=7)
     access = Access(str(path), "", b"key", usual)
     one, two, three, four = (access.caller(f"Bearer {token}") for token in ("one", "two", "three", "four"))
-    assert one == Caller("name:host-a", Limits(2.5, 3, 2 * 10**12))
+    assert one == Caller("name:host-a", Limits(2.5, 3, 2 * 10**12, 5 * 10**12))
     assert two == Caller("name:host-a", usual)
     assert three is not None
     assert four is not None
@@ -91,6 +91,8 @@ def test_what_may_stand_after_a_token(tmp_path: Path) -> None:
         "sec-ret rate=-1/s",
         "sec-ret uploads=x",
         "sec-ret upload-bytes=1XB",
+        "sec-ret stored-bytes=-1",
+        "sec-ret stored-bytes",
         "a sec-ret",
     ],
 )
@@ -108,6 +110,27 @@ def test_what_cannot_stand_there_is_refused_without_telling_it(
     assert access.caller("Bearer other") is None
     assert "line 2" in caplog.text
     assert "sec-ret" not in caplog.text + str(caught.value)
+
+
+def test_what_may_be_stored_is_a_names_and_the_most_that_a_line_of_it_says(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(
+        "1 name=a stored-bytes=5MB\n2 name=a stored-bytes=7MB\n3 name=b stored-bytes=0\n4 name=b stored-bytes=7MB\n"
+        "5 name=c\n6 name=c stored-bytes=1MB\n"
+    )
+    access = Access(str(path), "", b"key", Limits(stored_bytes=3_000_000))
+    assert [access.stored_bytes(f"name:{name}") for name in "abcd"] == [7_000_000, 0, 3_000_000, 0]
+    assert access.limits_what_is_stored()
+    path.write_text("1 name=a stored-bytes=0\n")
+    assert access.caller("Bearer 1") is not None
+    assert not access.limits_what_is_stored()
+    assert Access("", "").stored_bytes("") == 0
+
+
+def test_what_is_stored_is_not_limited_without_tokens() -> None:
+    with pytest.raises(ReceiverError, match="token_stored_bytes") as caught:
+        Access("", "", limits=Limits(stored_bytes=1))
+    assert "token_file" in caught.value.remedy
 
 
 def test_commits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

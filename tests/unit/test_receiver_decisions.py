@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,7 +47,8 @@ ORDER: list[tuple[dict[str, object], str | None, int | None]] = [
     ({"commits": LIST, "stored": VERIFIED, "overloaded": True}, "not hex", 400),
     ({"commits": LIST, "stored": VERIFIED, "overloaded": True}, "ee" * 20, 412),
     ({"commits": LIST, "stored": VERIFIED, "overloaded": True}, COMMIT, 409),
-    ({"commits": LIST, "overloaded": True}, COMMIT, 503),
+    ({"commits": LIST, "owned_bytes": 1, "most_owned_bytes": 100, "overloaded": True}, COMMIT, 507),
+    ({"commits": LIST, "owned_bytes": 1, "most_owned_bytes": 101, "overloaded": True}, COMMIT, 503),
     ({"commits": LIST}, COMMIT.upper(), None),
     ({"max_bytes": 100, "room_bytes": 100}, None, None),
 ]
@@ -62,6 +64,18 @@ def test_a_full_disk_refuses_an_unknown_length_too() -> None:
     verdict = decide_put(declared(length=None), None, Facts(room_bytes=-1))
     assert verdict is not None
     assert verdict.status == 507
+
+
+def test_who_has_stored_what_he_may_is_refused_what_has_no_length_and_told_what_is_stored() -> None:
+    full = Facts(owned_bytes=100, most_owned_bytes=100)
+    verdict = decide_put(declared(length=None), None, full)
+    assert verdict is not None
+    assert verdict.body is not None
+    assert (verdict.status, verdict.body["code"]) == (507, "stored-quota")
+    assert (verdict.body["stored_bytes"], verdict.body["max_bytes"]) == (100, 100)
+    known = decide_put(declared(SHA), None, msgspec.structs.replace(full, stored=VERIFIED))
+    assert known is not None
+    assert known.status == 200
 
 
 COMPARED = [

@@ -74,6 +74,13 @@ def test_every_kind_of_fault_has_a_verdict_that_says_why() -> None:
         assert "the reason" in verdict_of_fault(Fault(kind, "the reason")).error
 
 
+def test_a_limits_own_words_are_told() -> None:
+    said = b'{"error": "this token has 5 bytes stored here", "code": "stored-quota"}'
+    assert verdict_of_status(Answer(507, {}, said)).error.endswith("no room: this token has 5 bytes stored here")
+    for body in (b"", b"[]", b'{"error": 5}', b"\xff"):
+        assert verdict_of_status(Answer(507, {}, body)).error.endswith("no room")
+
+
 @pytest.mark.parametrize(
     "body",
     [b"", b"null", b"[]", b'"x"', b'{"episode": "ep1"}', b'{"episode": 1, "artifact": 2, "verified": 3}', b"\xff\xfe"],

@@ -1,8 +1,8 @@
 """Who may store, how much of it, and which recorders' commits are taken: two files that are edited while it runs.
 
-A line of the token file is ``TOKEN [name=NAME] [rate=N/s] [uploads=N] [upload-bytes=SIZE] [# comment]``. Who calls is
-known by NAME, where there is one, so that a new token of the same name goes on with the old one's uploads; else by
-the token itself.
+A line of the token file is ``TOKEN [name=NAME] [rate=N/s] [uploads=N] [upload-bytes=SIZE] [stored-bytes=SIZE]
+[# comment]``. Who calls is known by NAME, where there is one, so that a new token of the same name goes on with the old
+one's uploads, and what was stored with that counts; else by the token itself.
 
 What always holds: a changed file is in force at the next request; a file that cannot be read or understood any more
 leaves what was last read in force (and is logged once); tokens are compared in constant time and never logged, nor is
@@ -25,6 +25,7 @@ from typing import Generic, NamedTuple, TypeVar
 import msgspec
 
 from fastship.errors import ReceiverError
+from fastship.settings import ReceiverSettings
 from fastship.settings.units import parse_size
 
 _log = logging.getLogger("fastship.receiver")
@@ -72,6 +73,10 @@ class _Watched(Generic[T]):
                 self._seen = None  # read it as soon as it can be again
             return self._value
 
+    def last(self) -> T:
+        """As it was when it was last asked for."""
+        return self._value
+
 
 class Limits(NamedTuple):
     """What one caller may do; 0: no limit."""
@@ -79,6 +84,14 @@ class Limits(NamedTuple):
     rate: float = 0.0  # requests a second
     uploads: int = 0  # unfinished
     upload_bytes: int = 0
+    stored_bytes: int = 0
+
+    @classmethod
+    def usual(cls, settings: ReceiverSettings) -> Limits:
+        """Of a caller whose line says nothing else."""
+        return cls(
+            settings.token_rate, settings.token_uploads, settings.token_upload_bytes, settings.token_stored_bytes
+        )
 
 
 NO_LIMITS = Limits()
@@ -91,14 +104,19 @@ class Caller(NamedTuple):
     limits: Limits = NO_LIMITS
 
 
-class _TokenFile(_Watched[dict[bytes, Caller]]):
+class _Tokens(NamedTuple):
+    callers: dict[bytes, Caller]
+    stored_bytes: dict[str, int]  # of an owner: the most that a line of his says; 0 is more than anything
+
+
+class _TokenFile(_Watched[_Tokens]):
     def __init__(self, path: str, setting: str, key: bytes, limits: Limits) -> None:
         self._key = key
         self._limits = limits
         super().__init__(path, setting)
 
-    def parse(self, text: str) -> dict[bytes, Caller]:
-        callers = {}
+    def parse(self, text: str) -> _Tokens:
+        callers: dict[bytes, Caller] = {}
         for number, line in enumerate(text.splitlines(), 1):
             words = line.split()
             if words and not words[0].startswith("#"):
@@ -106,9 +124,14 @@ class _TokenFile(_Watched[dict[bytes, Caller]]):
                     callers[_digest(words[0])] = self._caller(words)
                 except ValueError:
                     raise ValueError(
-                        f"line {number}: after the token may stand name=NAME, rate=N/s, uploads=N, upload-bytes=SIZE"
+                        f"line {number}: after the token may stand name=NAME, rate=N/s, uploads=N, upload-bytes=SIZE, "
+                        "stored-bytes=SIZE"
                     ) from None
-        return callers
+        stored: dict[str, int] = {}
+        for owner, limits in callers.values():
+            known = stored.get(owner, limits.stored_bytes)
+            stored[owner] = max(known, limits.stored_bytes) if known and limits.stored_bytes else 0
+        return _Tokens(callers, stored)
 
     def _caller(self, words: list[str]) -> Caller:
         # Keyed: what is kept of a token beside its uploads cannot be used to guess it.
@@ -126,6 +149,8 @@ class _TokenFile(_Watched[dict[bytes, Caller]]):
                 limits = limits._replace(uploads=int(value))
             elif key == "upload-bytes":
                 limits = limits._replace(upload_bytes=parse_size(value))
+            elif key == "stored-bytes":
+                limits = limits._replace(stored_bytes=parse_size(value))
             else:
                 raise ValueError
         return Caller(owner, limits)
@@ -157,10 +182,16 @@ class _CommitFile(_Watched[CommitList]):
 class Access:
     """The two lists. ``""`` for a file: everybody, or any commit. Raises `ReceiverError` when one cannot be read.
 
-    ``key`` is a secret of the receiver, ``limits`` are of callers whose line says nothing else.
+    ``key`` is a secret of the receiver, ``limits`` are of callers whose line says nothing else. What is stored is
+    counted for those who have tokens, so a limit of that is refused without a token file.
     """
 
     def __init__(self, token_file: str, commits_file: str, key: bytes = b"", limits: Limits = NO_LIMITS) -> None:
+        if limits.stored_bytes and not token_file:
+            raise ReceiverError(
+                "receiver.token_stored_bytes limits what each token may store, and there are no tokens",
+                remedy="set receiver.token_file, or leave it at 0",
+            )
         self._everybody = Caller("", limits)
         self._tokens = _TokenFile(token_file, "token_file", key, limits) if token_file else None
         self._commits = _CommitFile(commits_file, "commits_file") if commits_file else None
@@ -174,12 +205,20 @@ class Access:
             return None
         given = _digest(token.strip())
         # All are compared, so the time tells nothing of which one was near.
-        found = [caller for known, caller in self._tokens.value().items() if hmac.compare_digest(given, known)]
+        found = [caller for known, caller in self._tokens.value().callers.items() if hmac.compare_digest(given, known)]
         return found[0] if found else None
 
     def several(self) -> bool:
         """Whether there is more than one caller."""
-        return self._tokens is not None and len(self._tokens.value()) > 1
+        return self._tokens is not None and len(self._tokens.value().callers) > 1
+
+    def stored_bytes(self, owner: str) -> int:
+        """How much may be stored for this owner; 0: no limit. An owner whose tokens are gone stores no more."""
+        return self._tokens.last().stored_bytes.get(owner, 0) if self._tokens is not None else 0
+
+    def limits_what_is_stored(self) -> bool:
+        """Of anybody."""
+        return self._tokens is not None and any(self._tokens.value().stored_bytes.values())
 
     def commits(self) -> CommitList | None:
         """The allow-list now in force; None when there is none."""

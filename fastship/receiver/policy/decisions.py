@@ -1,7 +1,7 @@
 """What is decided from a request's headers alone, before one byte of its body is read.
 
 What always holds: pure functions of values, and the order is that of docs/protocol.md: access, id, size and room,
-commit, already stored, conflict, overload. ``None`` as a decision means: go on.
+commit, already stored, conflict, what the owner may have, overload. ``None`` as a decision means: go on.
 
 Imported by most of the package; imports only ``answers`` and, for its values, ``access``.
 """
@@ -63,6 +63,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     stored: Receipt | None = None
     room_bytes: int = 1 << 62  # free space less the reserve less what other uploads have declared
     max_bytes: int = 0  # 0: no limit
+    owned_bytes: int = 0  # stored for this owner
+    most_owned_bytes: int = 0  # 0: no limit
     commits: CommitList | None = None  # None: any or no commit
     commit_field: str = "X-Cis490-Code-Commit"
     overloaded: bool = False
@@ -198,6 +200,8 @@ def decide_put(declared: Declared, commit: str | None, facts: Facts) -> Answer |
         known = compare(declared.sha256, declared.content_blake3, facts.stored)
         if known is not None:
             return known
+    elif facts.most_owned_bytes and facts.owned_bytes + max(1, size) > facts.most_owned_bytes:
+        return full(facts.owned_bytes, facts.most_owned_bytes)
     return OVERLOADED if facts.overloaded else None
 
 
@@ -235,6 +239,11 @@ def too_large(max_bytes: int) -> Answer:
     text = f"this receiver takes artifacts of at most {max_bytes} bytes"
     limit = (fields.UPLOAD_LIMIT, fields.format_limits({"max-size": max_bytes}))
     return answers.error(413, "too-large", text, answers.ABOUT_EPISODE, limit, max_bytes=max_bytes)
+
+
+def full(stored_bytes: int, most_bytes: int) -> Answer:
+    text = f"this token has {stored_bytes} bytes stored here and may have {most_bytes}: this artifact would be too much"
+    return answers.error(507, "stored-quota", text, stored_bytes=stored_bytes, max_bytes=most_bytes)
 
 
 OVERLOADED = answers.error(503, "overloaded", "as many requests as are allowed are being served", ("Retry-After", "2"))

@@ -20,6 +20,7 @@ from fastship.frames import Bomb
 from fastship.receiver.policy import answers, decisions
 from fastship.receiver.policy.answers import Answer
 from fastship.receiver.policy.decisions import Declared
+from fastship.receiver.store.accounts import Full
 from fastship.receiver.store.store import ContentMismatch, DigestMismatch, Store
 from fastship.receiver.uploads.lock import Busy, Superseded
 from fastship.receiver.uploads.partial import Partial, Unsynced
@@ -152,6 +153,8 @@ def refusal(error: Exception) -> tuple[Answer, bool] | None:
     if isinstance(error, ArtifactError):
         text = f"this is not an artifact (.tar.zst): {error.message}"
         return answers.error(422, "artifact-invalid", text, answers.ABOUT_EPISODE), False
+    if isinstance(error, Full):
+        return decisions.full(error.stored_bytes, error.most_bytes), True
     if isinstance(error, InterruptedError):
         return answers.STOPPING, True
     if isinstance(error, OSError):

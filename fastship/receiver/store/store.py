@@ -25,6 +25,7 @@ import os
 import secrets
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -45,7 +46,9 @@ from fastship.frames import Following, ReadAgain, verify_content
 from fastship.receiver.policy import answers
 from fastship.receiver.policy.answers import Answer
 from fastship.receiver.policy.decisions import Declared, compare
+from fastship.receiver.store.accounts import Accounts, Full
 from fastship.receiver.store.receipts import Receipts, encode
+from fastship.receiver.store.recount import Recount
 from fastship.receiver.uploads.partial import Partial, Unsynced, begin_writeback, sync_data
 from fastship.receiver.uploads.uploads import Uploads
 from fastship.settings import ReceiverSettings
@@ -77,7 +80,7 @@ class Prepared:
         # Nobody reads it before the artifact has its name, and it is synced before that.
         self.receipt_fd = os.open(waiting, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         try:
-            durable.write_all(self.receipt_fd, encode(receipt))
+            durable.write_all(self.receipt_fd, encode(receipt, declared.owner))
         except BaseException:
             self.close(keep_partial=True)
             raise
@@ -99,10 +102,10 @@ class Prepared:
 class Store:
     """The store below ``settings.root``, made when it is not there. Raises `ReceiverError` when it cannot be used.
 
-    Safe to use from threads and from several processes at once.
+    ``most_bytes``: as for `Accounts`. Safe to use from threads and from several processes at once.
     """
 
-    def __init__(self, settings: ReceiverSettings) -> None:
+    def __init__(self, settings: ReceiverSettings, most_bytes: Callable[[str], int] = lambda _owner: 0) -> None:
         if not settings.root:
             raise ReceiverError("receiver.root is not set", remedy="name a directory: fastship receive --root DIR")
         self.root = Path(settings.root)
@@ -115,13 +118,15 @@ class Store:
         self._reserve_bytes = settings.reserve_bytes
         self._name = socket.gethostname()
         self._receipts = Receipts(self._episodes, self._uploads)
+        self.accounts = Accounts(self.root / "accounts", most_bytes)
+        self.recount = Recount(self._episodes, self._receipts, self.accounts)
         self._recovering = threading.Lock()
         self._doubtful: dict[str, tuple[tuple[int, int, int], Receipt]] = {}  # not as stored; when it was read so
         self._stopping = threading.Event()
         try:
             durable.make_directories([self.root])
             self.secret = _secret(self.root)
-            inside = (self._uploads / "ended", self._uploads / "bodies")
+            inside = (self._uploads / "ended", self._uploads / "bodies", self.root / "accounts")
             durable.make_directories([self._episodes, self._uploads, *inside])  # makes the secret's name durable, too
             if os.stat(self._episodes).st_dev != os.stat(self._uploads).st_dev:
                 raise ReceiverError(
@@ -251,8 +256,8 @@ class Store:
         """Verify a whole artifact and give it its name; True: stored now. May be repeated after any failure.
 
         Returns the 200 or 409 when another upload of the episode was first. Raises `DigestMismatch`,
-        `ContentMismatch`, `ArtifactError` (it is no artifact), ``InterruptedError`` after `stop`, any other ``OSError``
-        (abandon the partial).
+        `ContentMismatch`, `ArtifactError` (it is no artifact), `Full`, ``InterruptedError`` after `stop`, any other
+        ``OSError`` (abandon the partial).
         """
         prepared = self.prepare(partial, declared)
         if isinstance(prepared, Answer):
@@ -312,14 +317,18 @@ class Store:
         os.fsync(prepared.receipt_fd)
 
     def name(self, prepared: Prepared) -> Answer | None:
-        """Give it its name; the 200 or 409 when another artifact has it."""
+        """Give it its name, which its owner has so many bytes more by; the 200 or 409 when another artifact has it."""
         declared = prepared.declared
         self._drop_receipt_without_artifact(declared.episode)
         try:
-            os.link(prepared.partial.path, self.artifact_path(declared.episode))
-        except FileExistsError:
+            with self.accounts.adding(declared.owner, prepared.receipt.artifact.bytes):
+                os.link(prepared.partial.path, self.artifact_path(declared.episode))
+        except (FileExistsError, Full) as error:
             stored = self.receipt(declared.episode)
             first = self._already(stored, prepared.receipt.artifact.sha256, prepared.receipt.content)
+            if first is None and isinstance(error, Full):
+                self.recount.ask()
+                raise
             if first is None:  # what had the name was set aside just now
                 return self.name(prepared)
             prepared.forget_receipt()
