@@ -1,6 +1,7 @@
 """A receiver on loopback in a process of its own: what the demo ships to and what `tune` measures uploads with.
 
-What always holds: it is spoken to over HTTP only, and is gone when its ``with`` block ends, however that is.
+What always holds: it is spoken to over HTTP only, and is gone when its ``with`` block ends, however that is, or the
+thread that is in it (``prctl(2)``, PR_SET_PDEATHSIG).
 
 Imports ``errors``; ``demo`` and ``tune`` import it. It starts ``fastship receive`` as a command and imports none of it,
 so it is there without the extra ``receiver`` too, and then says what that command says.
@@ -18,6 +19,14 @@ from typing import IO
 
 from fastship.errors import ReceiverError
 
+_LAUNCH = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() != int(sys.argv.pop(1)):
+    sys.exit("who started it is gone")
+from fastship.cli import main
+main()
+"""
 _START_LIMIT_S = 60.0  # a receiver starts in under a second; a loaded machine may take long
 
 
@@ -29,24 +38,19 @@ class LoopbackReceiver:
         self._log = log
         self._whose = whose
         # -c: not by the reader's own settings. The reserve: the room was looked at already.
-        self._command = [
-            sys.executable,
-            "-m",
-            "fastship",
-            "receive",
-            "-c",
-            os.devnull,
-            "--set",
-            "receiver.reserve_bytes=0",
-        ]
-        self._command += ["--root", str(store), "--listen", "127.0.0.1:0"]
+        self._arguments = ["receive", "-c", os.devnull, "--set", "receiver.reserve_bytes=0"]
+        self._arguments += ["--root", str(store), "--listen", "127.0.0.1:0"]
         self.url = ""
 
     def __enter__(self) -> LoopbackReceiver:
         with open(self._log, "wb") as errors:
             # In a session of its own: Ctrl-C reaches the shipper, which drains; the receiver must outlive that.
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+                [sys.executable, "-c", _LAUNCH, str(os.getpid()), *self._arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
             )
         assert self._process.stdout is not None
         try:
@@ -70,7 +74,7 @@ class LoopbackReceiver:
         self._end()
         said = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
         told = f"exit status {code}: {'; '.join(said[-4:]) or 'it said nothing'}"
-        return ReceiverError(f"{self._whose} receiver {what}: {told}", remedy=" ".join(self._command))
+        return ReceiverError(f"{self._whose} receiver {what}: {told}", remedy=" ".join(["fastship", *self._arguments]))
 
     def _end(self) -> None:
         """Idempotent."""

@@ -91,11 +91,11 @@ def operate(settings: Settings, action: requests.Action, episode: str, *, new_id
         lock = spool.lock()
     except SpoolBusy:
         answer = requests.submit(spool.paths.requests, request, timeout_s=ANSWER_TIMEOUT_S)
-        if answer is None:
-            raise
-        if not answer.ok:
-            raise UsageError(answer.text, remedy=answer.remedy) from None
-        return answer.text
+        if answer is not None:
+            if not answer.ok:
+                raise UsageError(answer.text, remedy=answer.remedy) from None
+            return answer.text
+        lock = spool.lock()  # the request is withdrawn: the daemon is busy, or it has died meanwhile
     try:
         return requests.carry_out(spool, request).text
     finally:

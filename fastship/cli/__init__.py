@@ -28,6 +28,14 @@ from fastship.errors import EXIT_INTERNAL, EXIT_OK, EXIT_USAGE, FastshipError, O
 
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 _EXIT_PIPE_CLOSED = 141  # 128 + SIGPIPE
+_FAULTS_OF_THE_HOST = {  # no traceback tells more of them
+    errno.ENOSPC: "free space where it writes to",
+    errno.EDQUOT: "free space where it writes to, or have its user's quota raised",
+    errno.EIO: "see the kernel's log for faults of the disk",
+    errno.EROFS: "see the kernel's log for why the file system is read-only",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the limit of open files of this host (sysctl fs.file-max)",
+}
 
 
 def _version(context: click.Context, _option: click.Parameter, asked: bool) -> None:
@@ -165,8 +173,8 @@ def _tell_unexpected(error: Exception, invocation: Invocation) -> None:
         traceback.print_exc()
         _tell(what)
         return
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        _tell(what, "free space where it writes to")
+    if isinstance(error, OSError) and error.errno in _FAULTS_OF_THE_HOST:
+        _tell(what, _FAULTS_OF_THE_HOST[error.errno])
         return
     try:
         with tempfile.NamedTemporaryFile("w", prefix="fastship-traceback-", suffix=".txt", delete=False) as file:

@@ -9,7 +9,6 @@ Imports ``pack`` and ``frames`` when a command runs; only ``cli`` imports it.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import stat
 import sys
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
+from fastship.cli.newfile import new_file, require_absent
 from fastship.cli.options import Invocation, SettingsSource, json_option, settings_options, shared_options
 from fastship.cli.output import (
     format_bytes,
@@ -219,44 +219,27 @@ def _output_file(output: str, episode: Path, *, force: bool) -> Iterator[BinaryI
             remedy=f"-o {Path(output or '.') / (episode.name + '.tar.zst')}",
         )
     path = Path(output)
-    if os.path.lexists(path) and not force:
-        raise UsageError(f"{path} is there already", remedy="--force to replace it")
+    with _output_faults(path):
+        if not force:
+            require_absent(path)
     path = Path(os.path.realpath(path))  # a link stays, what it leads to is replaced
     if path.exists() and not path.is_file():  # above all not /dev/null, for root
         raise UsageError(f"{path} is not a file, and only a file is replaced", remedy="-o - > IT, if you mean it")
-    partial = path.with_name(path.name + ".partial")
     if episode in path.absolute().parent.resolve().joinpath("x").parents:
         raise UsageError(f"{path} would be inside the directory that is packed", remedy="-o a FILE elsewhere")
-    try:
-        sink = open(partial, "wb", buffering=0)  # noqa: SIM115 - closed below, in every case
-    except OSError as error:
-        raise UsageError(f"{partial}: {error.strerror}", remedy="-o a FILE where you may write") from None
-    from fastship import durable
+    with _output_faults(path), new_file(path, replace=force) as sink:
+        yield _WholeWrites(sink)  # type: ignore[misc]
 
+
+@contextlib.contextmanager
+def _output_faults(path: Path) -> Iterator[None]:
     try:
-        with sink:
-            yield _WholeWrites(sink)  # type: ignore[misc]
-            os.fsync(sink.fileno())
-        if force:
-            os.replace(partial, path)
-            durable.sync_directory(path.parent)
-        else:
-            _publish(partial, path)
+        yield
     except FileExistsError:
-        raise UsageError(f"{path} appeared meanwhile", remedy="--force to replace it") from None
-    finally:
-        durable.unlink_if_present(partial)
-
-
-def _publish(partial: Path, path: Path) -> None:
-    from fastship import durable
-
-    try:
-        durable.publish(partial, path)
+        raise UsageError(f"{path} is there already", remedy="--force to replace it") from None
     except OSError as error:
-        if error.errno not in {errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK}:
-            raise
-        durable.move(partial, path)  # FAT and its like have no hard links
+        remedy = "-o a FILE where you may write and there is room; of faults of the disk the kernel's log says more"
+        raise UsageError(f"{path} cannot be written: {error.strerror}", remedy=remedy) from None
 
 
 class _WholeWrites:

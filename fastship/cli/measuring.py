@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from fastship import durable
+from fastship.cli.newfile import new_file, require_absent
 from fastship.cli.options import Invocation, SettingsSource, json_option, settings_options, shared_options
 from fastship.cli.output import format_bytes, printable, write_json, write_line, write_table
 from fastship.errors import UsageError
@@ -285,10 +287,14 @@ def _flat(settings: dict[str, dict[str, int]]) -> list[tuple[str, str]]:
 
 def _check_target(target: Path, force: bool) -> None:
     """Before minutes of measuring. Raises `UsageError`."""
-    if os.path.lexists(target) and not force:
-        raise UsageError(f"{target} is there already", remedy="--force to replace it")
-    if target.is_dir():
-        raise UsageError(f"{target} is a directory", remedy="--write takes a FILE")
+    try:
+        if not force:
+            require_absent(target)
+    except FileExistsError:
+        raise UsageError(f"{target} is there already", remedy="--force to replace it") from None
+    if target.exists() and not target.is_file():
+        what = "a directory" if target.is_dir() else "not a file"
+        raise UsageError(f"{target} is {what}", remedy="--write takes a FILE")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise UsageError(f"{target}: {target.parent} is no directory that can be written to", remedy="another FILE")
 
@@ -312,8 +318,9 @@ def _write_settings(target: Path, loaded: LoadedSettings, report: TuneReport, fo
     ]
     text = settings_toml([printable(line) for line in comments], values)
     try:
-        with open(target, "w" if force else "x", encoding="utf-8") as file:
-            file.write(text)
+        # A link stays, what it leads to is replaced.
+        with new_file(Path(os.path.realpath(target)) if force else target, replace=force) as file:
+            durable.write_all(file.fileno(), text.encode())
     except FileExistsError:
         raise UsageError(f"{target} appeared meanwhile", remedy="--force to replace it") from None
     except OSError as error:

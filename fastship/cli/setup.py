@@ -17,6 +17,8 @@ from typing import Any
 
 import click
 
+from fastship import durable
+from fastship.cli.newfile import new_file, require_absent
 from fastship.cli.options import Invocation, SettingsSource, json_option, settings_options, shared_options
 from fastship.cli.output import write_json, write_line
 from fastship.errors import SettingsError, UsageError
@@ -61,15 +63,20 @@ def init(invocation: Invocation, directory: Path, url: str) -> None:
     from fastship.spool import Spool
 
     target = directory / "fastship.toml"
-    if os.path.lexists(target):
-        raise UsageError(f"{target} is there already", remedy=f"edit it, or remove it and run init again: {target}")
+    there = UsageError(f"{target} is there already", remedy=f"edit it, or remove it and run init again: {target}")
+    try:
+        require_absent(target)
+    except FileExistsError:
+        raise there from None
     Settings.load(values={"destination": {"url": url}})  # a wrong URL is told before anything is made
     url_line = f"url = {json.dumps(url)}" if url else '# url = "https://receiver.example:8443"'
     try:
         directory.mkdir(parents=True, exist_ok=True)
         Spool(directory.absolute()).create()
-        with open(target, "x", encoding="utf-8") as file:
-            file.write(_TEMPLATE.format(url=url_line))
+        with new_file(target, replace=False) as file:
+            durable.write_all(file.fileno(), _TEMPLATE.format(url=url_line).encode())
+    except FileExistsError:
+        raise there from None
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         raise UsageError(

@@ -67,13 +67,13 @@ class ArtifactReader:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
+            raise _unreadable(path, error) from None
 
         def read_at(offset: int, length: int) -> bytes:
             try:
                 return os.pread(fd, length, offset)
             except OSError as error:
-                raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
+                raise _unreadable(path, error) from None
 
         try:
             reader = cls(read_at, os.fstat(fd).st_size)
@@ -361,3 +361,8 @@ def _zstd_remedy(error: zstandard.ZstdError) -> str:
     if "too much memory" in str(error):
         return "its zstd window is over 128 MiB: unpack it with zstd -d --long=31 | tar x"
     return _REMEDY
+
+
+def _unreadable(path: Path | str, error: OSError) -> ArtifactError:
+    remedy = "is it yours to read? of faults of the disk the kernel's log says more"
+    return ArtifactError(f"{path}: cannot be read: {error.strerror}", remedy=remedy)

@@ -197,7 +197,8 @@ class _DigestingSink:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 remedy = "free space on the spool's file system; packing is tried again by itself"
                 raise OutboxFull(f"no room for the artifact: {error.strerror}", remedy=remedy) from None
-            raise PackError(f"the artifact cannot be written: {error.strerror}") from None
+            remedy = "see the kernel's log for faults of the disk"
+            raise PackError(f"the artifact cannot be written: {error.strerror}", remedy=remedy) from None
 
 
 def _status(dir_fd: int, name: bytes, member: bytes) -> os.stat_result:

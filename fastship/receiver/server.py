@@ -135,7 +135,8 @@ def worker_main(arguments: list[str]) -> int:
     parent = os.getppid()
 
     def ready() -> None:
-        os.write(int(arguments[2]), b"r")
+        with contextlib.suppress(BrokenPipeError):  # it was told to end meanwhile, or is gone: we shall hear of it
+            os.write(int(arguments[2]), b"r")
         os.close(int(arguments[2]))
 
     logging.raiseExceptions = False  # a line that a full disk does not take is lost, without a traceback in its place

@@ -7,6 +7,8 @@ Imports ``durable``; ``store`` imports it.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 from pathlib import Path
 
@@ -33,12 +35,35 @@ def reason_places(entry: Path) -> tuple[Path, Path]:
     return entry / REASON_FILE, entry.with_name(f"{entry.name}.{REASON_FILE}")
 
 
+def reason_of(entry: Path) -> QuarantineReason | None:
+    """Of an entry of ``quarantine/``; None where there is none that can be read."""
+    for place in reason_places(entry):
+        with contextlib.suppress(OSError):
+            found = read_reason(place)
+            if found is not None:
+                return found
+    return None
+
+
 def read_reason(path: Path) -> QuarantineReason | None:
-    """None where there is none that can be read."""
+    """None where there is none, or something else. Raises ``OSError`` where that cannot be told."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=QuarantineReason)
-    except (OSError, ValueError):
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            raw = file.read()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link in a circle, a socket
+            return None
+        raise
+    try:
+        return msgspec.json.decode(raw, type=QuarantineReason)
+    except ValueError:
+        return None
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a recorder may have made a FIFO of that name
 
 
 def put_reason(entry: Path, reason: QuarantineReason) -> None:

@@ -11,6 +11,7 @@ the supervisor and the shipper import it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import logging
@@ -26,9 +27,9 @@ from fastship.episode import MARKER, Manifest, Receipt, is_episode_id, now_wall
 from fastship.errors import UsageError
 from fastship.lifecycle import Facts
 from fastship.spool.journal import Line
-from fastship.spool.layout import Layout, Lock, episode_of, remedy_for, require_id
+from fastship.spool.layout import Layout, Lock, episode_of, require_id
 from fastship.spool.outbox import Outbox
-from fastship.spool.reason import QuarantineReason, put_reason, read_reason, reason_places
+from fastship.spool.reason import REASON_FILE, QuarantineReason, put_reason, read_reason, reason_of, reason_places
 from fastship.spool.removal import remove_tree
 from fastship.spool.shelf import Shelf
 
@@ -90,7 +91,6 @@ class Spool:
         self.order = order
         self.unfinished = True
         """Whether `finish_quarantines` may have something to complete; not known before it has looked."""
-        self._unfinished: dict[str, OSError] = {}  # what it could not complete, by the entry's name, and why
 
     def create(self) -> None:
         """Make the directories that are missing. Raises `SpoolError` when they cannot be used. May be repeated."""
@@ -248,22 +248,22 @@ class Spool:
 
         One that cannot be completed now (a full disk) is logged and left, `unfinished`: it stops nobody else.
         """
-        unfinished: dict[str, OSError] = {}
+        unfinished = False
         for entry in list(os.scandir(self.paths.quarantine)):
             if entry.name.startswith(_CONDEMNED_PREFIX):
-                name = entry.name
                 try:
                     condemned = msgspec.json.decode(Path(entry.path).read_bytes(), type=_Condemned)
-                    name = os.fsdecode(bytes.fromhex(condemned.target))
                     self._finish_quarantine(Path(entry.path), condemned)
                 except (ValueError, IsADirectoryError):  # not one that we wrote
                     continue
                 except OSError as error:
-                    unfinished[name] = error
+                    unfinished = True
                     log.error("the quarantine of %s cannot be completed now: %s", entry.name, error)
             elif entry.name.startswith(_REMOVING_PREFIX):
                 _remove(Path(entry.path))
-        self.unfinished, self._unfinished = bool(unfinished), unfinished
+            elif entry.name.endswith(f".{REASON_FILE}"):
+                self._forget_reason(Path(entry.path))
+        self.unfinished = unfinished
 
     def _finish_quarantine(self, path: Path, condemned: _Condemned) -> None:
         name = os.fsdecode(bytes.fromhex(condemned.name))
@@ -281,6 +281,13 @@ class Spool:
         durable.unlink_if_present(path)
         durable.sync_directory(self.paths.quarantine)  # or it would come back and condemn a later episode of that name
 
+    def _forget_reason(self, beside: Path) -> None:
+        """What an interrupted `retry` left beside an entry that has moved."""
+        entry = beside.with_name(beside.name.removesuffix(f".{REASON_FILE}"))
+        with contextlib.suppress(OSError):
+            if not os.path.lexists(entry) and read_reason(beside) is not None:
+                os.unlink(beside)
+
     def _condemned_path(self, name: str) -> Path:
         # By digest: any name fits, however long or odd.
         return self.paths.quarantine / f"{_CONDEMNED_PREFIX}{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.json"
@@ -294,31 +301,36 @@ class Spool:
         return sorted(found, key=lambda one: one.name)
 
     def _quarantined(self, path: Path) -> Quarantined:
-        place, beside = reason_places(path)
-        reason = read_reason(place) or read_reason(beside)
-        episode = episode_of(path.name)
-        return Quarantined(episode=episode, name=path.name, reason=reason, modified_at=path.stat().st_mtime)
+        episode, modified_at = episode_of(path.name), path.stat().st_mtime
+        return Quarantined(episode=episode, name=path.name, reason=reason_of(path), modified_at=modified_at)
 
     def retry(self, name: str, *, new_id: str | None = None) -> str:
         """Put a quarantined episode back into ``episodes/``, as it was; returns its id. Raises `UsageError`.
 
-        The reason is removed first, durably, or it would come back inside the episode: interrupted, the entry is in
-        quarantine without a reason, nothing more.
+        The reason goes out of it first, durably, or it would come back inside the episode. It stands beside it until
+        the episode has moved: the directory gets its time back from it, also where a retry is repeated. One that an
+        interruption leaves without an entry is removed by `finish_quarantines`.
         """
         path = self._quarantine_path(name)
         episode = new_id or episode_of(path.name)
         require_id(episode)
         if (self.paths.episodes / episode).exists():
             raise UsageError(f"episodes/{episode} is there already", remedy="give it another id with --as")
-        reason = self._quarantined(path).reason
         place, beside = reason_places(path)
-        inside = read_reason(place) is not None and durable.unlink_if_present(place)
-        durable.unlink_if_present(beside)
+        reason = None
+        with contextlib.suppress(PermissionError):  # another's directory: its reason is beside it
+            reason = read_reason(place)
+        inside = reason is not None
+        reason = reason or read_reason(beside)
+        if inside:
+            os.rename(place, beside)
+            durable.sync_directory(self.paths.quarantine)
         if reason is not None and reason.mtime_ns:
             os.utime(path, ns=(reason.mtime_ns, reason.mtime_ns))  # so its content digest is what it was
         if inside:
             durable.sync_directory(path)
         durable.move(path, self.paths.episodes / episode)
+        durable.unlink_if_present(beside)
         return episode
 
     def drop_quarantined(self, name: str) -> None:
@@ -327,13 +339,9 @@ class Spool:
 
     def _quarantine_path(self, name: str) -> Path:
         """Where the entry is, once nothing of its quarantine is left to do: a decision that were carried out afterwards
-        would take the episode that is put back, or the next one of its name. Raises `UsageError`."""
+        would take the episode that is put back, or the next one of its name."""
         if self.unfinished:
             self.finish_quarantines()
-        error = self._unfinished.get(name)
-        if error is not None:
-            text = f"the quarantine of {name} cannot be completed now: {error.strerror}"
-            raise UsageError(text, remedy=remedy_for(error))
         path = self.paths.quarantine / name
         # An empty name would be quarantine/ itself.
         if (
@@ -356,7 +364,7 @@ class Spool:
         self.ages.look()
         removed = []
         for entry in self.quarantined():
-            if entry.name not in self._unfinished and self.ages.age_s(entry.modified_at) > keep_days * 86400:
+            if self.ages.age_s(entry.modified_at) > keep_days * 86400:
                 self._remove_entry(self.paths.quarantine / entry.name)
                 removed.append(entry.name)
         return removed

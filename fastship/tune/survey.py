@@ -9,6 +9,7 @@ Imports the rest of ``tune``, ``upload``, ``loopback``, ``status``, ``settings``
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import platform
 import shutil
@@ -40,6 +41,7 @@ EPISODE_CPU_S = 1.8e-3
 episodes of 1 MB (bench/bench_tune.py), less what packing and sending their bytes costs; 2.6 GHz."""
 
 Say = Callable[[str], None]
+_SCRATCH_PREFIX = ".tmp-measuring-"
 _BUSY_CORES = 0.1  # of all: what others may use before it is said
 _FRESH_S = 60.0  # a daemon writes its status far more often
 _WRITE_BYTES = 8 << 20
@@ -318,16 +320,34 @@ def file_system(path: Path) -> str:
 
 @contextlib.contextmanager
 def _scratch(beside: Path) -> Iterator[str]:
-    """A directory on the file system of ``beside``, which the spool's own sweeping does not look at."""
+    """A directory on the file system of ``beside``, which the spool's own sweeping does not look at.
+
+    Whoever works in it holds its lock (``flock(2)``): what one that was killed left, generated episodes, goes here.
+    """
     parent = beside.parent if beside.name == "outbox" and os.access(beside.parent, os.W_OK) else beside
     try:
-        place = tempfile.mkdtemp(prefix=".tmp-measuring-", dir=parent)
+        _remove_left(parent)
+        place = tempfile.mkdtemp(prefix=_SCRATCH_PREFIX, dir=parent)
+        lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise UsageError(f"{parent} cannot be written to: {error.strerror}", remedy="free space there") from None
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield place
     finally:
+        os.close(lock)
         shutil.rmtree(place, ignore_errors=True)
+
+
+def _remove_left(parent: Path) -> None:
+    for path in parent.glob(f"{_SCRATCH_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another's, or of somebody who measures now
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def _threads(count: int) -> str:

@@ -181,6 +181,20 @@ def test_what_may_not_be_read_is_told_with_its_name_and_is_no_fault_of_fastship(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("fault", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.EROFS])
+def test_a_fault_of_the_host_is_told_with_what_to_do_and_leaves_no_traceback(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: int
+) -> None:
+    def failing(*_: object) -> None:
+        raise OSError(fault, os.strerror(fault), "/spool/episodes")
+
+    monkeypatch.setattr(setup, "_values", failing)
+    ran = run("config", "show")
+    assert ran.code == 70
+    assert ran.err.startswith(f"fastship: error: {os.strerror(fault)}: /spool/episodes\n  try: ")
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("command", ["run", "once", "status", "quarantine drop -y ep", "holds list", "verify --all"])
 def test_no_spool_is_made_where_there_is_none(run: Run, tmp_path: Path, command: str) -> None:
     """Its disk may not be mounted yet."""
@@ -308,6 +322,23 @@ def test_init_overwrites_nothing_and_makes_nothing_for_a_wrong_url(run: Run, tmp
     (tmp_path / "lab/fastship.toml").write_text("# mine\n")
     assert run("init", "lab").code == 2
     assert (tmp_path / "lab/fastship.toml").read_text() == "# mine\n"
+
+
+def test_an_init_that_is_cut_short_leaves_no_settings_and_may_be_repeated(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+
+        def full(*_: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr("fastship.durable.write_all", full)
+        ran = run("init", "lab", "--url", "http://r.example")
+        assert ran.code == 2
+        assert "No space left" in ran.err
+    assert not list((tmp_path / "lab").glob("fastship.toml*"))
+    assert run("init", "lab", "--url", "http://r.example").code == 0
+    assert Settings.load(tmp_path / "lab" / "fastship.toml").destination.url == "http://r.example"
 
 
 def test_init_completes_an_older_tools_spool_and_touches_no_episode(run: Run, tmp_path: Path) -> None:

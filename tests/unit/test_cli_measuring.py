@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -150,3 +151,18 @@ def test_interrupted_it_leaves_nothing(tmp_path: Path, number: signal.Signals) -
     _, said = process.communicate(timeout=60)
     assert (process.returncode, said.strip()) == (130, "fastship: error: interrupted")
     assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_one_left_goes_with_the_next_but_not_what_is_in_use(spool: Path) -> None:
+    left, used = (spool / f".tmp-measuring-{name}" for name in ("left", "used"))
+    for path in (left, used):
+        path.mkdir()
+        (path / "generated").write_bytes(b"telemetry")
+    lock = os.open(used, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run("bench", "-c", spool / "fastship.toml", *QUICK, cwd=spool.parent).returncode == 0
+    finally:
+        os.close(lock)
+    assert not left.exists()
+    assert (used / "generated").exists()

@@ -150,6 +150,21 @@ def test_what_rotted_is_in_one_place_with_its_reason_wherever_it_is_stopped(tmp_
     assert stop_at > 6
 
 
+def test_what_a_killed_scrub_was_writing_goes_when_it_is_old(store: Store) -> None:
+    keep(store)
+    flip(store.artifact_path("e"), 100)
+    Custody(store).check("e")
+    files = sorted(os.listdir(store.root / "rotted"))
+    left = store.root / "rotted" / ".tmp-f.reason.json.123"
+    left.write_bytes(b"{")
+    store.mend()
+    assert left.exists()  # somebody may be writing it now
+    old_s = time.time() - 30 * 86400
+    os.utime(left, (old_s, old_s))
+    Store(ReceiverSettings(root=str(store.root))).mend()
+    assert sorted(os.listdir(store.root / "rotted")) == files
+
+
 def test_what_rotted_is_only_told_of_where_it_is_to_stay(store: Store) -> None:
     data = keep(store)
     flip(store.artifact_path("e"), len(data) // 2)

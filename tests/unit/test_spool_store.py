@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -25,7 +26,7 @@ from fastship import durable
 from fastship.episode import MARKER
 from fastship.errors import UsageError
 from fastship.lifecycle import State, infer
-from fastship.spool import Spool
+from fastship.spool import Spool, reason
 from fastship.spool import store as spool_store
 from fastship.spool.reason import REASON_FILE
 
@@ -39,6 +40,13 @@ def spool(tmp_path: Path) -> Spool:
 
 def condemn(spool: Spool, name: str, *, error: str = "no") -> Path:
     return spool.quarantine(name, status_code=422, error=error, body='{"why": "x"}')
+
+
+def failing(number: int) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, "the disk is faulty")
+
+    return fail
 
 
 # --- looking -----------------------------------------------------------------------------------------------------
@@ -337,6 +345,18 @@ def test_a_file_that_the_recorder_named_like_the_reason_is_kept(spool: Spool, ki
     assert os.listdir(spool.paths.quarantine) == []
 
 
+def test_a_fifo_that_the_recorder_named_like_the_reason_is_not_waited_for(spool: Spool) -> None:
+    own = make_episode(spool.paths.episodes, "ep") / REASON_FILE
+    os.mkfifo(own)
+    condemn(spool, "ep", error="not this")
+    (entry,) = spool.quarantined()
+    assert entry.reason is not None
+    assert entry.reason.error == "not this"
+    spool.retry("ep")
+    assert own.is_fifo()
+    assert os.listdir(spool.paths.quarantine) == []
+
+
 def test_quarantine_beside_an_older_one(spool: Spool) -> None:
     for content in (b"first", b"second"):
         make_episode(spool.paths.episodes, "ep", content=content)
@@ -365,30 +385,6 @@ def test_the_original_tools_reason_is_read(spool: Spool) -> None:
     assert entry.reason.status_code == 412
 
 
-@pytest.mark.parametrize("word", ["retry", "drop"])
-def test_what_is_not_wholly_in_quarantine_is_not_taken_out_of_it(
-    spool: Spool, monkeypatch: pytest.MonkeyPatch, word: str
-) -> None:
-    """The disk is full still, the decision stands: it would take the episode again, or the next one of its name."""
-    make_episode(spool.paths.episodes, "ep")
-
-    def no_room(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    act = spool.retry if word == "retry" else spool.drop_quarantined
-    with monkeypatch.context() as patch:
-        patch.setattr(spool_store, "put_reason", no_room)
-        with pytest.raises(OSError, match="No space"):
-            condemn(spool, "ep")
-        with pytest.raises(UsageError, match="cannot be completed now: No space") as refused:
-            act("ep")
-        assert "free space" in refused.value.remedy
-    act("ep")
-    assert os.listdir(spool.paths.quarantine) == []
-    if word == "retry":
-        assert (spool.paths.episodes / "ep").stat().st_mtime_ns == MTIME_NS
-
-
 def test_retry_puts_it_back_as_it_was(spool: Spool) -> None:
     before = files_below(make_episode(spool.paths.episodes, "ep"))
     condemn(spool, "ep")
@@ -398,6 +394,48 @@ def test_retry_puts_it_back_as_it_was(spool: Spool) -> None:
     assert (spool.paths.episodes / "ep").stat().st_mtime_ns == MTIME_NS
     assert os.listdir(spool.paths.quarantine) == []
     assert spool.look().ready == [("ep", "ep")]
+
+
+def test_an_interrupted_retry_is_repeated_with_the_time_it_had(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = files_below(make_episode(spool.paths.episodes, "ep"))
+    condemn(spool, "ep", error="not this")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "utime", failing(errno.EIO))
+        with pytest.raises(OSError, match="faulty"):
+            spool.retry("ep")
+    (entry,) = spool.quarantined()
+    assert entry.reason is not None
+    assert entry.reason.error == "not this"
+    assert Spool(spool.paths.root).retry("ep") == "ep"
+    assert files_below(spool.paths.episodes / "ep") == before
+    assert (spool.paths.episodes / "ep").stat().st_mtime_ns == MTIME_NS
+    assert os.listdir(spool.paths.quarantine) == []
+
+
+def test_a_reason_that_cannot_be_read_stays_out_of_the_episode(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_episode(spool.paths.episodes, "ep")
+    condemn(spool, "ep")
+    with monkeypatch.context() as patch:
+        patch.setattr(reason, "_open_without_waiting", failing(errno.EIO))
+        with pytest.raises(OSError, match="faulty"):
+            spool.retry("ep")
+        assert [entry.reason for entry in spool.quarantined()] == [None]
+    assert spool.look().ready == []
+    spool.retry("ep")
+    assert REASON_FILE not in os.listdir(spool.paths.episodes / "ep")
+
+
+def test_a_reason_whose_entry_was_put_back_goes(spool: Spool) -> None:
+    """The retry was killed before its last step; what is no reason of ours stays."""
+    make_episode(spool.paths.episodes, "ep")
+    condemn(spool, "ep")
+    (spool.paths.quarantine / "ep" / REASON_FILE).rename(spool.paths.quarantine / f"ep.{REASON_FILE}")
+    (spool.paths.quarantine / f"other.{REASON_FILE}").write_bytes(b"somebody's")
+    spool.finish_quarantines()
+    assert spool.quarantined()[0].reason is not None
+    (spool.paths.quarantine / "ep").rename(spool.paths.episodes / "ep")
+    spool.finish_quarantines()
+    assert os.listdir(spool.paths.quarantine) == [f"other.{REASON_FILE}"]
 
 
 def test_retry_of_a_later_one_takes_the_id_back(spool: Spool) -> None:

@@ -209,8 +209,16 @@ class Store:
         os.rename(self.artifact_path(episode), target)
         durable.sync_directory(rotted)
         durable.sync_directory(self._episodes)
-        self._drop_receipt_without_artifact(episode)
+        with contextlib.suppress(OSError):  # it is set aside; `mend` comes here again
+            self._drop_receipt_without_artifact(episode)
         return target
+
+    def _finish_setting_aside(self) -> None:
+        """The receipts of what was set aside go. Another's that lacks its artifact tells the operator what was lost."""
+        with contextlib.suppress(OSError):
+            for name in os.listdir(self.root / "rotted"):
+                if name.endswith(ARTIFACT_SUFFIX):
+                    self._drop_receipt_without_artifact(name.removesuffix(ARTIFACT_SUFFIX).partition("~")[0])
 
     @property
     def episodes(self) -> Path:
@@ -239,9 +247,11 @@ class Store:
                     self.receipt(episode)
                 except OSError as error:
                     _log.error("%s cannot be read, it stays without a receipt: %s", self.artifact_path(episode), error)
+        self._finish_setting_aside()
         self.uploads.sweep(lambda episode: self.artifact_path(episode).exists())
-        for directory in (self.root, self._episodes):
-            durable.remove_temporaries(directory, is_old=self.uploads.is_orphan)
+        for directory in (self.root, self._episodes, self.root / "rotted"):
+            with contextlib.suppress(FileNotFoundError):  # nothing has rotted yet
+                durable.remove_temporaries(directory, is_old=self.uploads.is_orphan)
 
     def room_bytes(self, token: str | None, wanted_bytes: int = 0) -> int:
         """Free space less the reserve less what uploads other than ``token`` have yet to send; may be below 0.
