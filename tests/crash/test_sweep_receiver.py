@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import itertools
 import os
 import random
+import shutil
 import signal
 import socket
+import time
 from pathlib import Path
 
 import faults
@@ -15,9 +18,9 @@ import psutil
 import pytest
 import trustme
 from faults import some_of
-from interpose import CHANGING, Action, Call, Nursery, Program, work
-from lab import wait_until
-from receiver_process import make_artifact
+from interpose import CHANGING, END_S, Action, Call, Nursery, Program, work
+from lab import COMMIT, wait_until
+from receiver_process import make_artifact, sha256_field
 from sweep import (
     FAILURES,
     KILL,
@@ -33,6 +36,8 @@ from sweep import (
     some_ways,
     sweep,
 )
+
+FULL_S = 0.5  # some turns of the loop of the first process
 
 pytestmark = [
     pytest.mark.skipif(not work(), reason="seccomp's user notifications do not work here"),
@@ -198,3 +203,72 @@ def test_at_each_system_call_of_one_process_of_two(tls: bool, tmp_path: Path) ->
         way = f"two processes{' and TLS' if tls else ''}"
         sweep("receiver", way, several.attempt, kinds=(KILL, *FAILURES))
         several.end()
+
+
+class Start:
+    """A receiver of two processes, from its start to its end, with one episode between; a store for each attempt."""
+
+    def __init__(self, directory: Path, nursery: Nursery, port: int) -> None:
+        directory.mkdir()
+        self._directory, self._nursery, self._port = directory, nursery, port
+        self._store, self._artifact = directory / "store", make_artifact("held")
+        self._options = [*seed(self._store, self._artifact), "--workers", "2", "--listen", f"127.0.0.1:{port}"]
+        self._out, self._log = directory / "out", directory / "log"
+
+    def run(self, point: Point | None) -> Look:
+        places = {"store": self._store, "log": self._log, "output": self._out}
+        look = Look(("first process", "serving process"), places, point)
+        program = self._serve(look)
+        try:
+            program = self._store_one(program, look, point)
+            look.free()
+            if not program.ended:
+                program.signal(signal.SIGTERM)
+            code = program.wait()
+            check_served(self._log, code, point)
+            if code or (self._store / "metrics").exists():  # it did not come to tidy up
+                program = self._serve(None)
+                wait_until(lambda: program.ended or self._is_stored(), "a receiver")
+                program.signal(signal.SIGTERM)
+                assert program.wait() == 0
+        finally:
+            program.kill()
+        check_store(self._store, self._artifact, ["small"])
+        shutil.rmtree(self._directory)
+        return look
+
+    def _serve(self, look: Look | None) -> Program:
+        self._out.write_bytes(b"")
+        return self._nursery.start(*self._options, out=self._out, log=self._log, look=look)
+
+    def _store_one(self, program: Program, look: Look, point: Point | None) -> Program:
+        """Offered for as long as it is not stored; to another receiver, where the one has ended."""
+        wait_until(lambda: program.ended or self._is_stored() or look.struck, "a receiver, or a fault")
+        if look.lasts and look.struck:
+            time.sleep(FULL_S)
+        look.free()
+        wait_until(lambda: program.ended or self._is_stored(), "a receiver that stores")
+        if program.ended:
+            check_served(self._log, program.wait(), point)
+            program = self._serve(None)
+            wait_until(lambda: program.ended or self._is_stored(), "a receiver that is started again")
+        return program
+
+    def _is_stored(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=END_S)
+        with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+            data = make_artifact("small")
+            fields = {"Repr-Digest": sha256_field(data), "X-Cis490-Code-Commit": COMMIT}
+            connection.request("PUT", "/v1/episodes/small", data, fields)
+            return connection.getresponse().status in (200, 201)
+        return False
+
+
+def test_at_each_system_call_of_the_start_of_several(tmp_path: Path) -> None:
+    port, numbers = free_port(), itertools.count()
+    with contextlib.closing(Nursery()) as nursery:
+
+        def attempt(point: Point | None, _calls: frozenset[str]) -> Look:
+            return Start(tmp_path / str(next(numbers)), nursery, port).run(point)
+
+        sweep("receiver", "the start of two processes", attempt, kinds=(KILL, *FAILURES), slow=True)

@@ -84,7 +84,8 @@ class Wrong(AssertionError):
         self.kind = kind
 
 
-def _require(true: object, kind: str, text: object) -> None:
+def require(true: object, kind: str, text: object) -> None:
+    """Raises `Wrong`."""
     if not true:
         raise Wrong(kind, str(text))
 
@@ -296,9 +297,9 @@ class Scene:
     def check_log(self, code: int | None, point: Point | None) -> None:
         """``code``: the exit code of a pass that nobody killed."""
         log = self.log.read_text(errors="replace")
-        _require("traceback" not in log.lower(), "untidy", f"a traceback:\n{log}")
+        require("traceback" not in log.lower(), "untidy", f"a traceback:\n{log}")
         if code not in (None, EXIT_OK, EXIT_NOT_SHIPPED):
-            _check_told(log, code, point)
+            check_told(log, code, point)
 
     def check_nothing_lost(self, store: Path) -> None:
         """What must hold at any moment: each episode in one place, and what was retired is at the receiver."""
@@ -306,16 +307,16 @@ class Scene:
         for name, before in self.before.items():
             found = {place: lab.root / place / name for place in ("episodes", "shipped", "quarantine")}
             there = [place for place, path in found.items() if path.exists()]
-            _require(there, "lost", f"{name} is nowhere")
-            _require(len(there) == 1, "doubled", f"{name} is in {there}")
+            require(there, "lost", f"{name} is nowhere")
+            require(len(there) == 1, "doubled", f"{name} is in {there}")
             now = tree(found[there[0]])
             now.pop("quarantine_reason.json", None)
-            _require(now == before, "mixed", f"{name} is not what it was in {there[0]}")
+            require(now == before, "mixed", f"{name} is not what it was in {there[0]}")
             if there == ["shipped"]:
                 self._check_stored(store, name)
         for place in ("shipped", "quarantine"):
             strangers = [name for name in lab.names(place) if name not in self.before and not name.startswith(".")]
-            _require(not strangers, "doubled", f"{strangers} in {place}")
+            require(not strangers, "doubled", f"{strangers} in {place}")
 
     def check_all_right(self, store: Path) -> None:
         """What must hold after a pass that nothing befell."""
@@ -329,23 +330,23 @@ class Scene:
             "holds": ["held.json"],
             "outbox": ["held.manifest.json", "held.tar.zst"],
         }
-        _require(look == expected, "untidy", look)
+        require(look == expected, "untidy", look)
         reason = json.loads((lab.quarantine / self.refused / "quarantine_reason.json").read_bytes())
-        _require(reason["status_code"] == 412, "untidy", reason)
+        require(reason["status_code"] == 412, "untidy", reason)
         strays = [str(path.relative_to(lab.root)) for path in lab.root.rglob(".*")]
-        _require(not strays, "untidy", strays)
+        require(not strays, "untidy", strays)
         receipts = [json.loads(line) for path in lab.root.glob("receipts/*.jsonl") for line in _whole_lines(path)]
         told = {one["receipt"]["episode"] for one in receipts}
-        _require(told == {self.big, self.small}, "untidy", f"receipts of {told}")
+        require(told == {self.big, self.small}, "untidy", f"receipts of {told}")
 
     def _check_stored(self, store: Path, name: str) -> None:
         path = store / "episodes" / (name + ARTIFACT_SUFFIX)
-        _require(path.exists(), "lost", f"{name} was retired and is not at the receiver")
+        require(path.exists(), "lost", f"{name} was retired and is not at the receiver")
         try:
             found = contents_of(path.read_bytes())
         except (zstandard.ZstdError, OSError) as error:
             raise Wrong("lost", f"{name} cannot be read at the receiver: {error}") from None
-        _require(found == contents(self.before[name]), "mixed", f"{name} is not at the receiver what it is here")
+        require(found == contents(self.before[name]), "mixed", f"{name} is not at the receiver what it is here")
 
     def remove(self) -> None:
         shutil.rmtree(self.directory)
@@ -401,17 +402,17 @@ def staged(directory: Path) -> Iterator[Stage]:
 def check_served(log: Path, code: int, point: Point | None) -> None:
     """How a receiver ended that was told to, or of itself: ``code``."""
     said = log.read_text(errors="replace")
-    _require("traceback" not in said.lower(), "untidy", f"a traceback:\n{said}")
+    require("traceback" not in said.lower(), "untidy", f"a traceback:\n{said}")
     if code > EXIT_OK:
-        _check_told(said, code, point)
+        check_told(said, code, point)
 
 
-def _check_told(log: str, code: int | None, point: Point | None) -> None:
+def check_told(log: str, code: int | None, point: Point | None) -> None:
     """Who ended with an error said which and what to do, unless the fault took the words."""
     if point is not None and (point.place == "log" or point.fault == FULL):
         return
     for part in ("fastship: error:", "  try: "):
-        _require(part in log, "untidy", f"exit {code} without {part!r}:\n{log}")
+        require(part in log, "untidy", f"exit {code} without {part!r}:\n{log}")
 
 
 def check_store(store: Path, artifact: bytes, stored: Iterable[str]) -> None:
@@ -420,8 +421,8 @@ def check_store(store: Path, artifact: bytes, stored: Iterable[str]) -> None:
     names = sorted(["held", *stored])
     expected = sorted(name + suffix for name in names for suffix in (ARTIFACT_SUFFIX, ".receipt.json"))
     found = sorted(os.listdir(store / "episodes"))
-    _require(found == expected, "untidy", f"the store has {found}")
-    _require((store / "episodes" / f"held{ARTIFACT_SUFFIX}").read_bytes() == artifact, "mixed", "held was replaced")
+    require(found == expected, "untidy", f"the store has {found}")
+    require((store / "episodes" / f"held{ARTIFACT_SUFFIX}").read_bytes() == artifact, "mixed", "held was replaced")
     for name in names:
         data = (store / "episodes" / (name + ARTIFACT_SUFFIX)).read_bytes()
         receipt = json.loads((store / "episodes" / f"{name}.receipt.json").read_bytes())
@@ -429,11 +430,11 @@ def check_store(store: Path, artifact: bytes, stored: Iterable[str]) -> None:
             receipt["artifact"] == {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
             and receipt["episode"] == name
         )
-        _require(right, "mixed", f"the receipt of {name} is {receipt}")
+        require(right, "mixed", f"the receipt of {name} is {receipt}")
     root = sorted(path.name for path in store.iterdir())
-    _require(root == ["episodes", "secret", "uploads"], "untidy", f"the root has {root}")
+    require(root == ["accounts", "episodes", "secret", "uploads"], "untidy", f"the root has {root}")
     left = sorted(str(path.relative_to(store)) for path in (store / "uploads").rglob("*") if not path.is_dir())
-    _require(left == ["uploads/clock"], "untidy", f"for ever: {left}")
+    require(left == ["uploads/clock"], "untidy", f"for ever: {left}")
 
 
 def age(store: Path) -> None:
