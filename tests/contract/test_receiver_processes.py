@@ -115,7 +115,14 @@ def test_processes_end_with_the_first(start: Start) -> None:
     server = start(workers=2)
     children = psutil.Process(server.process.pid).children()
     server.process.kill()
-    wait_for(lambda: not any(child.is_running() and child.status() != "zombie" for child in children))
+    wait_for(lambda: all(map(is_gone, children)))
+
+
+def is_gone(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_an_end_lets_the_request_finish(start: Start) -> None:

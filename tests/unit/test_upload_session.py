@@ -358,10 +358,10 @@ def test_the_bandwidth_limit_shapes_what_all_transfers_send_together(tmp_path: P
     artifacts = [make_artifact(tmp_path, 1_000_000, f"ep{number}") for number in range(3)]
     seconds: dict[int, float] = {}
     with Server(accept_all) as server:
-        for rate in (0, 2_000_000):
+        for rate in (0, 0, 0, 2_000_000):  # the fastest of three: another program may have the machine for a moment
             began = time.monotonic()
             verdicts = ship_all(artifacts, to(server), msgspec.structs.replace(UPLOAD, bandwidth=rate))
-            seconds[rate] = time.monotonic() - began
+            seconds[rate] = min(time.monotonic() - began, seconds.get(rate, 60.0))
             assert {verdict.outcome for verdict in verdicts.values()} == {Outcome.SHIPPED}
     assert 3_000_000 / seconds[2_000_000] <= 2_000_000 * 1.15
     assert seconds[2_000_000] > 3 * seconds[0]
