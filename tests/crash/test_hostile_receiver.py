@@ -141,7 +141,7 @@ def look_through(directory: Path, server: Server, crowd: Crowd, friend: WellBeha
     names = {path.name for path in directory.iterdir()}
     assert names == {"tokens", server.root.name, server.log.name}
     root = {path.name for path in server.root.iterdir()}
-    assert root - {"metrics"} == {"episodes", "uploads", "secret"}
+    assert root - {"metrics"} == {"episodes", "uploads", "accounts", "secret"}
     for path in server.root.rglob("*"):
         assert path.is_dir() or path.is_file()
         assert not path.is_symlink()

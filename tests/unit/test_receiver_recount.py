@@ -61,6 +61,27 @@ def test_what_is_too_much_is_refused_and_leaves_nothing_and_a_count(store: Store
     store.recount.close()
 
 
+@pytest.mark.parametrize("call", ["open", "pwrite"])
+def test_where_the_disk_takes_no_account_nothing_is_stored(
+    store: Store, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    real = getattr(os, call)
+
+    def fails(place: object, *args: object) -> object:
+        inside = os.readlink(f"/proc/self/fd/{place}") if isinstance(place, int) else str(place)
+        if "/accounts/" in inside:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(place, *args)
+
+    monkeypatch.setattr(os, call, fails)
+    with pytest.raises(OSError, match="No space"):
+        keep(store, "e1")
+    monkeypatch.undo()
+    assert not store.artifact_path("e1").exists()
+    assert store.accounts.stored_bytes(A) == 0
+    assert keep(store, "e1") == store.accounts.stored_bytes(A)
+
+
 def test_what_was_set_aside_removed_or_never_named_does_not_count_any_more(store: Store) -> None:
     sizes = {episode: keep(store, episode) for episode in ("e1", "e2", "e3")}
     with store.accounts.adding(A, 1):
