@@ -44,6 +44,7 @@ class Entry(msgspec.Struct, kw_only=True):
     claimed_at: float = 0.0
     error: str = ""
     wants_room: bool = False  # the disk was too short to pack it
+    own_fault: bool = False  # its last attempt ended for a reason that says nothing of others
 
 
 class Breaker(msgspec.Struct, kw_only=True):
@@ -161,11 +162,13 @@ class Book:
     def lends(self) -> bool:
         """Whether one artifact may be packed although the disk is short: with no other on its way it will soon be gone.
 
-        Where the destination takes nothing, the first one to be packed waits in the outbox, and there is no second.
+        Where the destination takes nothing, the first one to be packed waits in the outbox, and there is no second. But
+        one that is kept there by itself (it is held, too large for a proxy, or cannot be moved) keeps no other waiting.
         """
         if any(self.load(worker).packing for worker in self.workers):
             return False
-        return all(self.entries[episode].state is State.HELD for episode in self.packed)
+        entries = [self.entries[episode] for episode in self.packed]
+        return all(one.state is State.HELD or (one.state is State.WAITING and one.own_fault) for one in entries)
 
     def move(self, entry: Entry, state: State) -> None:
         """Change an entry's state; an illegal change is our bug."""

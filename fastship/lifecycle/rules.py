@@ -95,6 +95,7 @@ def _found(book: Book, event: Found, commands: list[Command]) -> None:
     seen = {episode for _, episode in event.ready} | set(event.held)
     new: list[tuple[str, str]] = []
     before = len(book.entries)
+    in_order = True
     for key, episode in event.ready:
         entry = book.entries.get(episode)
         if entry is None:
@@ -103,6 +104,10 @@ def _found(book: Book, event: Found, commands: list[Command]) -> None:
         elif entry.state is State.HELD:  # its hold is gone
             entry.key = key
             book.move(entry, State.READY)
+        elif entry.key != key:  # `spool.order` was set otherwise
+            entry.key, in_order = key, False
+    if not in_order:
+        book.ready = sorted((book.entries[episode].key, episode) for _, episode in book.ready)
     if len(new) > 32:  # one sort instead of many insertions into a long list
         book.ready.extend(new)
         book.ready.sort()
@@ -187,7 +192,7 @@ def _pack_failed(book: Book, event: PackFailed, now: float, commands: list[Comma
             book.move(entry, State.HELD)
             return
     said, entry.wants_room = entry.wants_room, event.code in FOR_WANT_OF_ROOM
-    _postpone(book, entry, event.error, now)
+    _postpone(book, entry, event.error, now, own_fault=True)
     if not (said and entry.wants_room):  # a full disk would fill the log as well
         fields: dict[str, object] = {"episode": event.episode, "code": event.code, "error": event.error}
         commands.append(Report("warning", "pack-failed", fields))
@@ -210,7 +215,8 @@ def _answered(book: Book, event: Answered, now: float, commands: list[Command]) 
         if verdict.outcome is Outcome.DAMAGED:
             commands.append(Discard(event.episode))
             book.packed.discard(event.episode)
-        _postpone(book, entry, event.error, now, verdict.retry_after_s or 0.0)
+        own_fault = verdict.scope is Scope.EPISODE
+        _postpone(book, entry, event.error, now, verdict.retry_after_s or 0.0, own_fault=own_fault)
         fields: dict[str, object] = {"episode": event.episode, "status": verdict.status, "error": event.error}
         commands.append(Report("warning", "attempt-failed", fields))
 
@@ -288,7 +294,7 @@ def _undone(book: Book, event: Undone, now: float) -> None:
         book.entries[event.episode] = entry
     elif entry.state is not State.HELD:
         return  # a look came between: it has its turn already
-    _postpone(book, entry, event.error, now)
+    _postpone(book, entry, event.error, now, own_fault=True)
     book.undone[event.episode] = entry.attempts
 
 
@@ -312,11 +318,11 @@ def _room(book: Book, event: Room, now: float) -> None:
                 book.move(entry, State.READY)
 
 
-def _postpone(book: Book, entry: Entry, error: str, now: float, at_least_s: float = 0.0) -> None:
+def _postpone(book: Book, entry: Entry, error: str, now: float, at_least_s: float = 0.0, *, own_fault: bool) -> None:
     """The episode's own retry: later and later, from pause_min_s to pause_max_s."""
     book.transient += 1
     entry.attempts += 1
-    entry.error = error
+    entry.error, entry.own_fault = error, own_fault
     pause_s = min(book.policy.pause_min_s * 2.0 ** min(entry.attempts - 1, 30), book.policy.pause_max_s)
     entry.not_before = now + max(pause_s, at_least_s)
     book.move(entry, State.WAITING)

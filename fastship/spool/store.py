@@ -27,7 +27,7 @@ from fastship.episode import MARKER, Manifest, Receipt, is_episode_id, now_wall
 from fastship.errors import UsageError
 from fastship.lifecycle import Facts
 from fastship.spool.journal import Line
-from fastship.spool.layout import Layout, Lock, episode_of, require_id
+from fastship.spool.layout import Layout, Lock, episode_of, remedy_for, require_id
 from fastship.spool.outbox import Outbox
 from fastship.spool.reason import REASON_FILE, QuarantineReason, put_reason, read_reason, reason_of, reason_places
 from fastship.spool.removal import remove_tree
@@ -91,6 +91,7 @@ class Spool:
         self.order = order
         self.unfinished = True
         """Whether `finish_quarantines` may have something to complete; not known before it has looked."""
+        self._unfinished: dict[str, OSError] = {}  # what it could not complete, by the entry's name, and why
 
     def create(self) -> None:
         """Make the directories that are missing. Raises `SpoolError` when they cannot be used. May be repeated."""
@@ -248,22 +249,24 @@ class Spool:
 
         One that cannot be completed now (a full disk) is logged and left, `unfinished`: it stops nobody else.
         """
-        unfinished = False
+        unfinished: dict[str, OSError] = {}
         for entry in list(os.scandir(self.paths.quarantine)):
             if entry.name.startswith(_CONDEMNED_PREFIX):
+                name = entry.name
                 try:
                     condemned = msgspec.json.decode(Path(entry.path).read_bytes(), type=_Condemned)
+                    name = os.fsdecode(bytes.fromhex(condemned.target))
                     self._finish_quarantine(Path(entry.path), condemned)
                 except (ValueError, IsADirectoryError):  # not one that we wrote
                     continue
                 except OSError as error:
-                    unfinished = True
+                    unfinished[name] = error
                     log.error("the quarantine of %s cannot be completed now: %s", entry.name, error)
             elif entry.name.startswith(_REMOVING_PREFIX):
                 _remove(Path(entry.path))
             elif entry.name.endswith(f".{REASON_FILE}"):
                 self._forget_reason(Path(entry.path))
-        self.unfinished = unfinished
+        self.unfinished, self._unfinished = bool(unfinished), unfinished
 
     def _finish_quarantine(self, path: Path, condemned: _Condemned) -> None:
         name = os.fsdecode(bytes.fromhex(condemned.name))
@@ -339,9 +342,13 @@ class Spool:
 
     def _quarantine_path(self, name: str) -> Path:
         """Where the entry is, once nothing of its quarantine is left to do: a decision that were carried out afterwards
-        would take the episode that is put back, or the next one of its name."""
+        would take the episode that is put back, or the next one of its name. Raises `UsageError`."""
         if self.unfinished:
             self.finish_quarantines()
+        error = self._unfinished.get(name)
+        if error is not None:
+            text = f"the quarantine of {name} cannot be completed now: {error.strerror}"
+            raise UsageError(text, remedy=remedy_for(error))
         path = self.paths.quarantine / name
         # An empty name would be quarantine/ itself.
         if (
@@ -364,7 +371,7 @@ class Spool:
         self.ages.look()
         removed = []
         for entry in self.quarantined():
-            if self.ages.age_s(entry.modified_at) > keep_days * 86400:
+            if entry.name not in self._unfinished and self.ages.age_s(entry.modified_at) > keep_days * 86400:
                 self._remove_entry(self.paths.quarantine / entry.name)
                 removed.append(entry.name)
         return removed

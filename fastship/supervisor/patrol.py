@@ -143,7 +143,13 @@ class Patrol:
 
     def _is_ready(self, name: str) -> bool:
         # Names that cannot be ids wait for the regular look, which says so.
-        return is_episode_id(name) and infer(self._spool.facts(name)) in (State.READY, State.PACKED)
+        if not is_episode_id(name):
+            return False
+        state = infer(self._spool.facts(name))
+        if state is State.PACKED and name not in self._book.entries:
+            self._settle()  # the marker is noticed late: it is shipped already, and about to be retired
+            state = infer(self._spool.facts(name))
+        return state in (State.READY, State.PACKED)
 
     def look(self) -> None:
         """The truth: one look through ``episodes/``."""
@@ -185,7 +191,7 @@ class Patrol:
         self._next_hold_look = time.monotonic() + HOLD_LOOK_S
         for episode in held:
             record = self._spool.find_hold(episode)
-            if record is None or not record.fingerprint:
+            if record is None or not (record.fingerprint or record.reason == "changing"):  # that changed as it was held
                 continue
             try:
                 now = fingerprint(self._spool.paths.episodes / episode, owner=self.settings.pack.owner)

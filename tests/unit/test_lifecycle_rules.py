@@ -1,4 +1,4 @@
-"""The rules: single cases, and a simulated world in which everything happens in every order that is possible."""
+"""The rules: single cases. In every order that is possible: crash/test_lifecycle_model.py."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections import deque
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from sample import manifest_of, shipped, verdict
 
 from fastship.episode import Outcome, Scope, Verdict
@@ -407,6 +406,14 @@ def test_a_hold_that_was_removed_by_hand_ends_and_the_episode_takes_its_turn_by_
     assert desk.book.ready == [("2", "b"), ("3", "a")]
 
 
+def test_another_order_is_that_of_what_waits_already() -> None:
+    desk = Desk()
+    desk.tell(ev.Found([("a", "a"), ("b", "b"), ("c", "c")]))
+    desk.book.begin_afresh(policy())
+    desk.tell(ev.Found([("1", "c"), ("2", "d"), ("3", "b"), ("4", "a")]))
+    assert desk.book.ready == [("1", "c"), ("2", "d"), ("3", "b"), ("4", "a")]
+
+
 def test_retries_come_later_and_later() -> None:
     desk = Desk()
     desk.tell(ev.WorkerJoined(1))
@@ -732,6 +739,25 @@ def test_what_is_held_does_not_keep_others_from_being_lent_room() -> None:
     assert assigned(found) == [(1, "a")]
 
 
+@pytest.mark.parametrize("why", ["too large", "unreadable", "immovable"])
+def test_what_is_kept_in_the_outbox_by_itself_does_not_keep_others_from_being_lent_room(why: str) -> None:
+    """A proxy takes none so large, or it cannot be read or moved any more: on a short disk all shipping stopped."""
+    desk = Desk()
+    desk.tell(SHORT, ev.WorkerJoined(1))
+    desk.tell(ev.Found([("a", "a"), ("b", "b"), ("c", "c")], packed=("a",)))
+    if why == "too large":
+        desk.ship("a", verdict(Outcome.TRANSIENT, Scope.EPISODE, status=413))
+    elif why == "unreadable":
+        desk.tell(ev.PackBegan("a"), ev.PackFailed("a", "episode-unreadable", "no permission"))
+    else:
+        desk.ship("a", shipped(manifest_of("a")))
+        desk.tell(ev.Undone("a", "a", "busy"))
+    desk.tell(ev.Found([("a", "a"), ("b", "b"), ("c", "c")], packed=("a",)))
+    assert desk.state("a") is State.WAITING
+    assert [desk.state("b"), desk.state("c")] == [State.QUEUED, State.READY]
+    assert assigned(desk.ship("b", NETWORK)) == []  # and that may be the destination's
+
+
 def test_a_single_pass_ends_where_the_disk_is_short_and_nothing_leaves_it() -> None:
     desk = Desk(once=True)
     desk.tell(SHORT, ev.WorkerJoined(1))
@@ -739,311 +765,3 @@ def test_a_single_pass_ends_where_the_disk_is_short_and_nothing_leaves_it() -> N
     desk.ship("a", NETWORK)
     assert desk.state("b") is State.READY
     assert desk.book.idle()
-
-
-# --- a simulated world -------------------------------------------------------------------------------------------
-
-ANSWERS = [FAULT, NETWORK, CONFLICT, REJECTED, DAMAGED, RETRY_AFTER, "shipped", "shipped", "changed"]
-
-
-class World(RuleBasedStateMachine):
-    """Workers are queues of what they were told, in order, and what they said is heard in order, late, or (when they
-    are killed) up to any point; the disk is the set of episodes; the book is told only what a supervisor could know.
-    """
-
-    @initialize(once=st.booleans(), cores=st.integers(1, 4), in_flight=st.integers(1, 4))
-    def begin(self, once: bool, cores: int, in_flight: int) -> None:
-        self.book = Book(policy(once=once, cores=cores, in_flight=in_flight))
-        self.now = 0.0
-        self.disk: dict[str, str] = {}  # episode -> "ready" or "held"
-        self.frames: dict[str, int] = {}
-        self.told: dict[int, deque[str]] = {}  # worker -> assignments not begun
-        self.packing: dict[int, str | None] = {}
-        self.shipping: dict[int, list[str]] = {}
-        self.said: dict[int, deque[ev.Event]] = {}  # on their way to the supervisor
-        self.draining: set[int] = set()
-        self.numbers = 0
-        self.names = 0
-        self.ends: dict[str, str] = {}
-        self.kills: dict[str, int] = {}
-        self.convictable: set[str] = set()
-        self.answers: dict[str, Verdict] = {}
-        self.probed: list[str] = []
-
-    # What happens to commands, as in the supervisor's loop.
-
-    def tell(self, event: ev.Event) -> None:
-        events = deque([event])
-        while events:
-            told = events.popleft()
-            for command in decide(self.book, told, self.now):
-                match command:
-                    case ev.Measure():
-                        events.append(ev.Measured(command.episode, self.frames.get(command.episode, 1)))
-                    case ev.Assign():
-                        self.assigned(command)
-                    case ev.Share():
-                        assert command.worker in self.book.workers
-                        assert command.threads >= (0 if self.book.restrained else 1)
-                    case ev.Retire():
-                        answer = self.answers.pop(command.episode)
-                        assert answer.outcome is Outcome.SHIPPED
-                        assert answer.receipt is command.receipt
-                        assert isinstance(told, ev.Answered)
-                        assert told.unchanged
-                        self.disk.pop(command.episode, None)
-                        self.ends[command.episode] = "retired"
-                    case ev.Quarantine():
-                        if isinstance(told, ev.Answered):
-                            assert told.verdict.outcome is Outcome.REJECTED
-                        else:
-                            assert isinstance(told, ev.WorkerLeft)
-                            assert self.kills[command.episode] >= self.book.policy.poison_after
-                        self.disk.pop(command.episode, None)
-                        self.ends[command.episode] = "quarantined"
-                    case ev.Hold():
-                        assert isinstance(told, ev.Answered | ev.PackFailed)
-                        if command.episode in self.disk:
-                            self.disk[command.episode] = "held"
-                        self.ends[command.episode] = "held"
-                    case ev.Discard() | ev.Report():
-                        pass
-
-    def assigned(self, command: ev.Assign) -> None:
-        holders = [worker for worker in self.told if command.episode in self.with_worker(worker)]
-        assert holders == [], "an episode is with at most one worker"
-        assert command.worker in self.told, "only to a worker that is there"
-        assert command.worker not in self.draining
-        if self.book.restrained and not self.book.budget.cores:
-            assert command.episode in self.book.packed
-        if self.book.room.short and command.episode not in self.book.packed:
-            assert self.book.load(command.worker).packing == 1
-            assert sum(self.book.load(worker).packing for worker in self.book.workers) == 1
-        if self.book.breaker.paused:
-            assert self.now >= self.book.breaker.until
-            assert self.book.breaker.probe == command.episode
-        self.told[command.worker].append(command.episode)
-
-    def with_worker(self, worker: int) -> list[str]:
-        """What the supervisor has heard no end of from this worker."""
-        unheard = [
-            one.episode for one in self.said[worker] if isinstance(one, ev.Answered | ev.PackFailed | ev.Returned)
-        ]
-        packing = self.packing[worker]
-        return [*self.told[worker], *([packing] if packing else []), *self.shipping[worker], *unheard]
-
-    def look(self) -> None:
-        ready = sorted((name, name) for name, state in self.disk.items() if state == "ready")
-        held = [name for name, state in self.disk.items() if state == "held"]
-        self.tell(ev.Found(ready, held))
-
-    # What can happen on the disk.
-
-    @rule(frames=st.sampled_from([1, 1, 1, 2, 50]), noticed=st.booleans())
-    def record(self, frames: int, noticed: bool) -> None:
-        self.names += 1
-        name = f"ep{self.names * 7919 % 1000:03d}"
-        if name in self.disk:
-            return
-        self.disk[name] = "ready"
-        self.frames[name] = frames
-        if noticed and name not in self.book.entries:
-            self.tell(ev.Found([(name, name)], complete=False))
-
-    @rule()
-    def look_through(self) -> None:
-        self.look()
-
-    @precondition(lambda self: self.disk)
-    @rule(data=st.data())
-    def vanish(self, data: st.DataObject) -> None:
-        del self.disk[data.draw(st.sampled_from(sorted(self.disk)))]
-
-    @precondition(lambda self: self.disk)
-    @rule(data=st.data(), word=st.sampled_from(["released", "gone", "by-hand"]))
-    def operator(self, data: st.DataObject, word: str) -> None:
-        name = data.draw(st.sampled_from(sorted(self.disk)))
-        entry = self.book.entries.get(name)
-        if entry is not None and entry.state in CLAIMED:
-            return  # refused
-        if word == "gone":
-            del self.disk[name]
-            self.tell(ev.Gone(name))
-        else:
-            self.disk[name] = "ready"
-            if word == "released":
-                self.tell(ev.Released(name, name))
-
-    @rule(seconds=st.sampled_from([0.0, 0.5, 3.0, 100.0]))
-    def time_goes_by(self, seconds: float) -> None:
-        self.now += seconds
-        self.tell(ev.Tick())
-
-    @precondition(lambda self: not self.book.policy.once)
-    @rule(cores=st.integers(0, 4))
-    def give_way(self, cores: int) -> None:
-        self.tell(ev.Budget(min(cores, self.book.policy.cores), "others want it"))
-
-    @rule(short=st.booleans())
-    def disk_short(self, short: bool) -> None:
-        self.tell(ev.Room(short=short, floor_bytes=1000))
-
-    # What workers can do: each step is said, and heard later.
-
-    @precondition(lambda self: len(self.told) < 3)
-    @rule()
-    def join(self) -> None:
-        self.numbers += 1
-        for queues in (self.told, self.said):
-            queues[self.numbers] = deque()
-        self.packing[self.numbers] = None
-        self.shipping[self.numbers] = []
-        self.tell(ev.WorkerJoined(self.numbers))
-
-    @precondition(lambda self: self.told)
-    @rule(data=st.data(), ends=st.sampled_from(["packed", "packed", "changed", "failed"]))
-    def pack(self, data: st.DataObject, ends: str) -> None:
-        self.step_pack(data.draw(st.sampled_from(sorted(self.told))), ends)
-
-    def step_pack(self, worker: int, ends: str) -> None:
-        episode = self.packing[worker]
-        if episode is None:
-            if self.told[worker]:
-                self.packing[worker] = self.told[worker].popleft()
-                self.said[worker].append(ev.PackBegan(str(self.packing[worker])))
-            return
-        self.packing[worker] = None
-        if ends == "packed" and episode in self.disk:
-            self.shipping[worker].append(episode)
-            self.said[worker].append(ev.Packed(episode, manifest_of(episode), False))
-        else:
-            code = "episode-changed" if ends == "changed" else "outbox-full"
-            self.said[worker].append(ev.PackFailed(episode, code, ends, "f00d"))
-
-    @precondition(lambda self: any(self.shipping.values()))
-    @rule(data=st.data(), answer=st.sampled_from(ANSWERS))
-    def answer(self, data: st.DataObject, answer: Verdict | str) -> None:
-        worker = data.draw(st.sampled_from([one for one, ships in self.shipping.items() if ships]))
-        self.step_answer(worker, data.draw(st.sampled_from(self.shipping[worker])), answer)
-
-    def step_answer(self, worker: int, episode: str, answer: Verdict | str) -> None:
-        self.shipping[worker].remove(episode)
-        manifest = manifest_of(episode)
-        unchanged = answer != "changed" and episode in self.disk
-        if isinstance(answer, str):
-            answer = shipped(manifest)
-        self.answers[episode] = answer
-        self.said[worker].append(ev.Answered(episode, answer, manifest, unchanged))
-
-    @precondition(lambda self: any(self.said.values()))
-    @rule(data=st.data())
-    def hear(self, data: st.DataObject) -> None:
-        worker = data.draw(st.sampled_from([one for one, said in self.said.items() if said]))
-        self.tell(self.said[worker].popleft())
-
-    @precondition(lambda self: set(self.told) - self.draining)
-    @rule(data=st.data())
-    def drain(self, data: st.DataObject) -> None:
-        worker = data.draw(st.sampled_from(sorted(set(self.told) - self.draining)))
-        self.draining.add(worker)
-        self.tell(ev.WorkerLeaving(worker))
-        while self.told[worker]:
-            self.said[worker].append(ev.Returned(self.told[worker].popleft()))
-
-    @precondition(lambda self: self.told)
-    @rule(data=st.data(), heard=st.booleans())
-    def die(self, data: st.DataObject, heard: bool) -> None:
-        """Killed: what it said before is heard (or lost, when the supervisor noticed by sending to it)."""
-        worker = data.draw(st.sampled_from(sorted(self.told)))
-        while heard and self.said[worker]:
-            self.tell(self.said[worker].popleft())
-        for episode in self.book.workers[worker]:
-            if self.book.entries[episode].state in (State.PACKING, State.SHIPPING):
-                self.kills[episode] = self.kills.get(episode, 0) + 1
-        self.leave(worker, died=True)
-
-    @precondition(lambda self: any(not self.with_worker(one) for one in self.draining))
-    @rule(data=st.data())
-    def end_of_drain(self, data: st.DataObject) -> None:
-        worker = data.draw(st.sampled_from(sorted(one for one in self.draining if not self.with_worker(one))))
-        while self.said[worker]:
-            self.tell(self.said[worker].popleft())
-        self.leave(worker, died=False)
-
-    def leave(self, worker: int, *, died: bool) -> None:
-        for mine in (self.told, self.packing, self.shipping, self.said):
-            del mine[worker]
-        self.draining.discard(worker)
-        self.tell(ev.WorkerLeft(worker, died, "killed by signal 9"))
-
-    # What must hold after every step.
-
-    @invariant()
-    def the_book_is_in_order(self) -> None:
-        book = self.book
-        by_state = {state: {one.episode for one in book.entries.values() if one.state is state} for state in State}
-        assert book.ready == sorted((book.entries[one].key, one) for one in by_state[State.READY])
-        assert book.waiting == by_state[State.WAITING]
-        claimed = set().union(*(by_state[state] for state in CLAIMED))
-        had = [episode for episodes in book.workers.values() for episode in episodes]
-        assert sorted(had) == sorted(claimed), "an episode is with at most one worker"
-        for worker, episodes in book.workers.items():
-            assert all(book.entries[one].worker == worker for one in episodes)
-            assert set(self.with_worker(worker)) == episodes
-            packing = [one for one in episodes if book.entries[one].state is not State.SHIPPING]
-            assert len(packing) <= QUEUE_DEPTH
-        breaker = book.breaker
-        assert breaker.probe is None or (breaker.paused and breaker.probe in claimed)
-        assert set(book.shares) <= set(book.workers)
-        loads = {
-            w: t
-            for w, t in book.shares.items()
-            if any(book.entries[e].state is not State.SHIPPING for e in book.workers[w])
-        }
-        most = book.budget.cores if book.restrained else max(book.policy.cores, len(book.workers))
-        assert sum(loads.values()) <= most
-        assert book.packed <= set(book.entries)
-        wake = next_wake(book)
-        waits = [book.entries[one].not_before for one in book.waiting]
-        if waits:
-            assert wake is not None
-            assert wake <= min(waits)
-
-    def teardown(self) -> None:
-        """Liveness: once the world behaves, everything comes to an end in bounded steps, on a short disk as well."""
-        if not hasattr(self, "book"):
-            return
-        if not self.told or set(self.told) == self.draining:
-            self.join()
-        self.tell(ev.Budget(self.book.policy.cores))
-        self.look()
-        for _ in range(40 * (len(self.disk) + len(self.book.entries) + 5)):
-            for worker in list(self.told):
-                self.step_pack(worker, "packed")
-                for episode in list(self.shipping[worker]):
-                    self.step_answer(worker, episode, "shipped")
-                while self.said[worker]:
-                    self.tell(self.said[worker].popleft())
-            if not self.book.policy.once:
-                self.look()
-            wake = next_wake(self.book)
-            if wake is not None and not any(self.book.workers.values()):
-                self.now = max(self.now, wake)
-            self.tell(ev.Tick())
-            self.the_book_is_in_order()
-            if self.book.idle() and (self.book.policy.once or not self.book.waiting):
-                break
-        assert self.book.idle()
-        self.look()
-        left = {entry.state for entry in self.book.entries.values()}
-        if self.book.policy.once:
-            assert left <= {State.HELD, State.WAITING, State.READY} | CLAIMED
-        else:
-            assert left <= {State.HELD}
-            assert all(state == "held" for state in self.disk.values())
-
-
-World.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck), database=None
-)
-TestWorld = World.TestCase

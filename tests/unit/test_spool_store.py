@@ -385,6 +385,30 @@ def test_the_original_tools_reason_is_read(spool: Spool) -> None:
     assert entry.reason.status_code == 412
 
 
+@pytest.mark.parametrize("word", ["retry", "drop"])
+def test_what_is_not_wholly_in_quarantine_is_not_taken_out_of_it(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    """The disk is full still, the decision stands: it would take the episode again, or the next one of its name."""
+    make_episode(spool.paths.episodes, "ep")
+
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    act = spool.retry if word == "retry" else spool.drop_quarantined
+    with monkeypatch.context() as patch:
+        patch.setattr(spool_store, "put_reason", no_room)
+        with pytest.raises(OSError, match="No space"):
+            condemn(spool, "ep")
+        with pytest.raises(UsageError, match="cannot be completed now: No space") as refused:
+            act("ep")
+        assert "free space" in refused.value.remedy
+    act("ep")
+    assert os.listdir(spool.paths.quarantine) == []
+    if word == "retry":
+        assert (spool.paths.episodes / "ep").stat().st_mtime_ns == MTIME_NS
+
+
 def test_retry_puts_it_back_as_it_was(spool: Spool) -> None:
     before = files_below(make_episode(spool.paths.episodes, "ep"))
     condemn(spool, "ep")

@@ -39,6 +39,7 @@ class Beat:
         self.selector = selectors.DefaultSelector()
         self.told: list[Event] = []
         self.settled = 0
+        self.proven: list[str] = []  # to be retired when settled
         self.patrol = Patrol(self.settings, self.spool, self.book, self.selector, feed=self._feed, settle=self._settle)
 
     def _feed(self, event: Event) -> None:
@@ -47,6 +48,8 @@ class Beat:
 
     def _settle(self) -> None:
         self.settled += 1
+        for name in self.proven:
+            (self.spool.paths.episodes / name).rename(self.spool.paths.shipped / name)
 
     def wait_for_notice(self) -> None:
         end = time.monotonic() + 30.0
@@ -122,6 +125,17 @@ def test_a_marker_is_noticed_without_a_look(beat: Beat) -> None:
     assert beat.patrol.recording == 0
 
 
+def test_a_marker_that_is_noticed_after_its_episode_was_shipped_does_not_begin_it_again(beat: Beat) -> None:
+    """It was found by a look, and is proven: on disk it is in episodes/ until the next group commit."""
+    beat.patrol.watch()
+    make_episode(beat.spool.paths.episodes, "ep")
+    put_artifact(beat.spool, "ep")
+    beat.proven = ["ep"]
+    beat.patrol.notice()
+    assert beat.settled == 1
+    assert beat.told == []
+
+
 @pytest.mark.parametrize("reason", ["conflict", "changing"])
 def test_a_conflict_is_released_by_change_and_a_changing_one_by_rest(beat: Beat, reason: str) -> None:
     episode = make_episode(beat.spool.paths.episodes, "ep")
@@ -143,6 +157,16 @@ def test_one_that_goes_on_changing_stays_held(beat: Beat) -> None:
     hold = beat.spool.find_hold("ep")
     assert hold is not None
     assert hold.fingerprint == fingerprint(episode, owner="keep")
+
+
+def test_one_that_changed_also_while_it_was_held_is_released_once_it_is_still(beat: Beat) -> None:
+    """Its fingerprint could not be told then."""
+    make_episode(beat.spool.paths.episodes, "ep")
+    beat.spool.hold(held_as("changing", ""))
+    beat.patrol.look()
+    assert beat.spool.find_hold("ep") is not None
+    beat.patrol.look()
+    assert beat.spool.find_hold("ep") is None
 
 
 def test_an_unreadable_hold_holds_until_an_operator_decides(beat: Beat) -> None:
