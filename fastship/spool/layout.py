@@ -13,6 +13,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shlex
 import stat
 import time
@@ -26,12 +27,15 @@ from fastship.errors import SpoolBusy, SpoolError, UsageError
 DIRECTORIES = ("episodes", "outbox", "shipped", "quarantine", "holds", "receipts", "state", "state/requests")
 
 
-_LATER = "~"  # shipped/<id>~1: no id holds one, so what follows it is ours (`durable.free_path`)
+_LATER = re.compile(r"~[0-9]+\Z")  # shipped/<id>~1: no id holds one, so it is ours (`durable.free_path`)
 
 
 def episode_of(name: str) -> str:
-    """The id of an entry of ``shipped/`` or ``quarantine/``, which is called so or, where that was taken, ``id~N``."""
-    return name.partition(_LATER)[0]
+    """The id of an entry of ``shipped/`` or ``quarantine/``, which is called so or, where that was taken, ``id~N``.
+
+    In ``quarantine/`` are names, too, that cannot be ids; those are returned as they are.
+    """
+    return _LATER.sub("", name)
 
 
 def require_id(episode: str) -> None:

@@ -316,6 +316,8 @@ class Spool:
         """
         path = self._quarantine_path(name)
         episode = new_id or episode_of(path.name)
+        if not (new_id or is_episode_id(episode)):
+            raise UsageError(f"{episode!r} cannot be an episode's id", remedy="give it another id with --as")
         require_id(episode)
         if (self.paths.episodes / episode).exists():
             raise UsageError(f"episodes/{episode} is there already", remedy="give it another id with --as")

@@ -474,6 +474,15 @@ def test_retry_of_a_later_one_takes_the_id_back(spool: Spool) -> None:
     assert (spool.paths.episodes / "ep-first" / "data.bin").read_bytes() == b"first"
 
 
+def test_retry_takes_no_part_of_an_impossible_name_for_an_id(spool: Spool) -> None:
+    make_episode(spool.paths.episodes, "ep~backup")
+    condemn(spool, "ep~backup")
+    with pytest.raises(UsageError, match="'ep~backup' cannot be an episode's id") as refused:
+        spool.retry("ep~backup")
+    assert "--as" in refused.value.remedy
+    assert spool.retry("ep~backup", new_id="ep-backup") == "ep-backup"
+
+
 NOT_ENTRIES = ["", ".", "..", "nothing", "a/b", "../episodes/ep", "ep/", ".condemned-x", "ep\0", "link", "file"]
 
 
