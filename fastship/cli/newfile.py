@@ -65,7 +65,7 @@ def _publish(partial: Path, path: Path) -> None:
 
 
 def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
+    return path.parent / f"{path.name}.partial"  # `Path.with_name` raises for "." and "/"
 
 
 def _is_same(one: Path, other: Path) -> bool:
