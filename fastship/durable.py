@@ -16,6 +16,7 @@ import errno
 import functools
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -69,7 +70,8 @@ def write_file(path: Path, data: bytes, *, sync: bool = True, mode: int = 0o644)
     A reader sees the old content or the new. With ``sync=False`` a power loss may leave either, or an empty
     file: only for what can be made again.
     """
-    temporary = path.with_name(f"{TEMP_PREFIX}{path.name}.{os.getpid()}")
+    # Its own for each thread: two that wrote one name at once would write into one file.
+    temporary = path.with_name(f"{TEMP_PREFIX}{path.name}.{threading.get_native_id()}.{os.getpid()}")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
     try:
         try:

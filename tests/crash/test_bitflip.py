@@ -288,6 +288,7 @@ def test_in_the_rest_of_what_is_said(tmp_path: Path, server: Server, side: str) 
     faults.count(f"custody: bit flips in {side}s", what, of=len(points), tried=len(tried), test="test_bitflip.py")
 
 
+@pytest.mark.timeout(1200)
 def test_while_it_is_packed_and_sent_at_once(tmp_path: Path) -> None:
     """Way 3, of a whole pass: a bit flips on the wire, or in the outbox behind what is being sent."""
     own = Receiver(tmp_path / "store")

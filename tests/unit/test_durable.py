@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -217,3 +218,18 @@ def test_of_temporaries_only_the_old_are_removed_where_others_may_be_writing(tmp
         os.utime(path, (1, 1))
     durable.remove_temporaries(tmp_path, is_old=lambda mtime: mtime < 1000.0)
     assert sorted(os.listdir(tmp_path)) == [young.name, "file"]
+
+
+def test_threads_that_write_one_file_at_once_leave_one_of_theirs(tmp_path: Path) -> None:
+    path = tmp_path / "receipt.json"
+    contents = [bytes([65 + number]) * (200_000 - 40_000 * number) for number in range(4)]
+
+    def write(content: bytes) -> None:
+        for _ in range(10):
+            durable.write_file(path, content, sync=False)
+            assert path.read_bytes() in contents
+
+    with ThreadPoolExecutor(len(contents)) as pool:
+        for done in [pool.submit(write, content) for content in contents]:
+            done.result()
+    assert os.listdir(tmp_path) == ["receipt.json"]
