@@ -313,8 +313,10 @@ class Receiver:
         except Superseded:
             return await self._in(self._io, self._ending.superseded, declared)
         finally:
-            await self._in(self._io, durable.unlink_if_present, partial.path)
-            partial.close()
+            try:
+                await self._in(self._io, durable.unlink_if_present, partial.path)
+            finally:
+                partial.close()
 
     def _keep_cut(self, request: Request, declared: Declared, commit: str | None, data: bytes) -> None:
         """Nothing was decided of a small body before it came."""
