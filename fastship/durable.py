@@ -15,12 +15,14 @@ import contextlib
 import errno
 import functools
 import os
+import re
 import stat
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 TEMP_PREFIX = ".tmp-"
+_NUMBER = re.compile(r"~[0-9]+\Z")
 """Names starting so are nobody's: left by a crash, removed by `remove_temporaries`."""
 
 
@@ -171,6 +173,11 @@ def free_path(directory: Path, name: str, suffix: str = "") -> Path:
         number += 1
         target = directory / f"{name}~{number}{suffix}"
     return target
+
+
+def unnumbered(name: str) -> str:
+    """The name that `free_path` was asked for, of what it was given."""
+    return _NUMBER.sub("", name)
 
 
 def unlink_if_present(path: Path | str) -> bool:

@@ -49,6 +49,12 @@ def is_episode_id(name: str) -> bool:
     return _EPISODE_ID.fullmatch(name) is not None
 
 
+def episode_of_artifact(name: str) -> str | None:
+    """The id of the episode whose artifact is called so; None for what is no artifact's name."""
+    episode = name.removesuffix(ARTIFACT_SUFFIX)
+    return episode if name != episode and is_episode_id(episode) else None
+
+
 def read_code_commit(episode: Path) -> str | None:
     """The recorder's commit from ``meta.json``'s ``code_version.commit``: 40 lower-case hex digits, or None.
 

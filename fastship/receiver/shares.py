@@ -51,9 +51,9 @@ class Shares:
                 if refused is not None:
                     return refused.with_fields(*answers.about_upload())
         whole = upload.declared.length or length or upload.partial.offset + body_bytes
-        stored_bytes, most_bytes = self.stored(upload.declared.owner, whole)
-        if most_bytes and stored_bytes + whole > most_bytes:  # what has come is kept, for when there is room
-            return decisions.full(stored_bytes, most_bytes).with_fields(*answers.about_upload())
+        refused = decisions.decide_stored(*self.stored(upload.declared.owner, whole), whole)
+        if refused is not None:  # what has come is kept, for when there is room
+            return refused.with_fields(*answers.about_upload())
         if length is not None:
             try:
                 self._uploads.declare_length(upload, length)
@@ -69,7 +69,7 @@ class Shares:
         """
         most_bytes = self._store.accounts.most_bytes(owner)
         stored_bytes = self._store.accounts.stored_bytes(owner) if most_bytes else 0
-        if stored_bytes + wanted_bytes > most_bytes > 0:
+        if decisions.decide_stored(stored_bytes, most_bytes, wanted_bytes) is not None:
             self._store.recount.ask()
         return stored_bytes, most_bytes
 

@@ -13,7 +13,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import re
 import shlex
 import stat
 import time
@@ -27,15 +26,13 @@ from fastship.errors import SpoolBusy, SpoolError, UsageError
 DIRECTORIES = ("episodes", "outbox", "shipped", "quarantine", "holds", "receipts", "state", "state/requests")
 
 
-_LATER = re.compile(r"~[0-9]+\Z")  # shipped/<id>~1: no id holds one, so it is ours (`durable.free_path`)
-
-
 def episode_of(name: str) -> str:
     """The id of an entry of ``shipped/`` or ``quarantine/``, which is called so or, where that was taken, ``id~N``.
 
-    In ``quarantine/`` are names, too, that cannot be ids; those are returned as they are.
+    No id holds a ``~``, so the number is ours (`durable.free_path`). In ``quarantine/`` are names, too, that cannot be
+    ids; those are returned as they are.
     """
-    return _LATER.sub("", name)
+    return durable.unnumbered(name)
 
 
 def require_id(episode: str) -> None:

@@ -132,12 +132,12 @@ def link_part(name: str, link: LinkSpeed | LinkUnknown, rate: LinkRate, ratio: f
     """What a destination takes."""
     if rate.bytes_per_s is None:
         return Part(name=name, how=rate.told)
-    measured = isinstance(link, LinkSpeed) and rate.bytes_per_s == link.bytes_per_s
+    measured = link if isinstance(link, LinkSpeed) and link.bytes_per_s == rate.bytes_per_s else None
     return Part(
         name=name,
         mb_per_s=round(rate.bytes_per_s * ratio / 1e6, 1),
-        cpu_s_per_gb=round(link.cpu_s_per_byte / ratio * 1e9, 3) if isinstance(link, LinkSpeed) and measured else None,
-        how=f"{rate.told}, times {ratio:.2f}{'; sent, made durable there, cancelled' * measured}",
+        cpu_s_per_gb=round(measured.cpu_s_per_byte / ratio * 1e9, 3) if measured else None,
+        how=f"{rate.told}, times {ratio:.2f}{'; sent, made durable there, cancelled' if measured else ''}",
     )
 
 

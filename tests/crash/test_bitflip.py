@@ -433,7 +433,7 @@ def test_in_a_stored_artifact(tmp_path: Path) -> None:
         if found.verdict == "mended":  # a bit that no decoder looks at: the content is right, the receipt follows
             assert found.content_blake3 == artifact.manifest.content_blake3, place
             assert place.kind in ("frame header", "index header", "index", "seek table"), place
-            store.set_aside("ep1", path.stat().st_ino, found)
+            store.rotted.set_aside("ep1", path.stat().st_ino, found)
         else:
             assert (found.verdict, found.set_aside != "") == ("rotted", True), place
         assert store.receipt("ep1") is None

@@ -87,7 +87,7 @@ def test_what_was_set_aside_removed_or_never_named_does_not_count_any_more(store
     with store.accounts.adding(A, 1):
         pass
     store.artifact_path("e1").unlink()
-    store.set_aside("e2", os.stat(store.artifact_path("e2")).st_ino, Declared(episode="e2"))
+    store.rotted.set_aside("e2", os.stat(store.artifact_path("e2")).st_ino, Declared(episode="e2"))
     assert store.accounts.stored_bytes(A) == sum(sizes.values()) + 1
     assert store.recount.run()
     assert store.accounts.stored_bytes(A) == sizes["e3"]

@@ -200,8 +200,10 @@ def decide_put(declared: Declared, commit: str | None, facts: Facts) -> Answer |
         known = compare(declared.sha256, declared.content_blake3, facts.stored)
         if known is not None:
             return known
-    elif facts.most_owned_bytes and facts.owned_bytes + max(1, size) > facts.most_owned_bytes:
-        return full(facts.owned_bytes, facts.most_owned_bytes)
+    else:
+        refused = decide_stored(facts.owned_bytes, facts.most_owned_bytes, max(1, size))
+        if refused is not None:
+            return refused
     return OVERLOADED if facts.overloaded else None
 
 
@@ -239,6 +241,11 @@ def too_large(max_bytes: int) -> Answer:
     text = f"this receiver takes artifacts of at most {max_bytes} bytes"
     limit = (fields.UPLOAD_LIMIT, fields.format_limits({"max-size": max_bytes}))
     return answers.error(413, "too-large", text, answers.ABOUT_EPISODE, limit, max_bytes=max_bytes)
+
+
+def decide_stored(stored_bytes: int, most_bytes: int, wanted_bytes: int) -> Answer | None:
+    """Whether an owner may have so many bytes stored beside what he has; ``most_bytes`` 0: no limit."""
+    return full(stored_bytes, most_bytes) if most_bytes and stored_bytes + wanted_bytes > most_bytes else None
 
 
 def full(stored_bytes: int, most_bytes: int) -> Answer:

@@ -1,5 +1,6 @@
 """``<root>/episodes/``: what is published, how it comes to be, and whether it is still there.
 
 Of the receiver it imports ``uploads`` and ``policy``. Inside:
-(``small`` > ``ending`` | ``scrub`` > ``custody``) > ``store`` > ``recount`` > ``accounts`` | ``receipts``.
+(``small`` > ``ending`` | ``scrub`` > ``custody``) > ``store`` > (``recount`` > ``accounts`` | ``rotted``) >
+``receipts``.
 """

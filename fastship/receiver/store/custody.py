@@ -148,7 +148,7 @@ class Custody:
     def _rotted(self, finding: Finding, inode: int) -> Finding:
         if not self._keep:
             try:
-                target = self._store.set_aside(finding.episode, inode, finding)
+                target = self._store.rotted.set_aside(finding.episode, inode, finding)
                 finding = msgspec.structs.replace(finding, set_aside=str(target.relative_to(self._store.root)))
             except OSError as error:
                 _log.error("%s cannot be set aside: %s", finding.episode, error)

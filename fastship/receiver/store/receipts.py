@@ -5,7 +5,7 @@ The file also says whose the artifact is (``owner``: see ``accounts``), which is
 What always holds: a receipt is read only as what was written (its seal fits, it is of this id); where it waits it is
 known by the inode that its artifact has under any name; whose an artifact is stays as it was said first.
 
-Blocks on the disk. Imported by ``store``.
+Blocks on the disk. Imported by ``store``, ``recount`` and ``rotted``.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ class Receipts:
         self._episodes = episodes
         self._uploads = uploads
 
+    def artifact_path(self, episode: str) -> Path:
+        return self._episodes / f"{episode}{ARTIFACT_SUFFIX}"
+
     def path(self, episode: str) -> Path:
         return self._episodes / f"{episode}.receipt.json"
 
@@ -62,7 +65,7 @@ class Receipts:
         """None where there is none, or one that cannot be of the artifact beside it."""
         receipt = self.written(episode)
         try:
-            size = os.stat(self._episodes / f"{episode}{ARTIFACT_SUFFIX}").st_size
+            size = os.stat(self.artifact_path(episode)).st_size
         except FileNotFoundError:
             return None
         if receipt is None or receipt.artifact.bytes == size:
@@ -80,13 +83,19 @@ class Receipts:
             kept = _read(self.path(episode), episode, _Kept)
             if kept is None:
                 try:
-                    inode = os.stat(self._episodes / f"{episode}{ARTIFACT_SUFFIX}").st_ino
+                    inode = os.stat(self.artifact_path(episode)).st_ino
                 except FileNotFoundError:
                     break
                 kept = _read(self.waiting(episode, inode), episode, _Kept)
             if kept is not None:
                 return kept.owner, kept.artifact.bytes
         return "", 0
+
+    def drop_without_artifact(self, episode: str) -> None:
+        """Remove the receipt where its artifact is gone: it says nothing any more. Durable. Raises ``OSError``."""
+        if self.path(episode).exists() and not self.artifact_path(episode).exists():
+            durable.unlink_if_present(self.path(episode))
+            durable.sync_directory(self._episodes)
 
 
 def _read(path: Path, episode: str, kind: type[T]) -> T | None:
@@ -105,7 +114,6 @@ def _read(path: Path, episode: str, kind: type[T]) -> T | None:
 
 
 def encode(receipt: Receipt, owner: str = "") -> bytes:
-    record = msgspec.json.encode(receipt)
-    if owner:
-        record = record[:-1] + b',"owner":' + msgspec.json.encode(owner) + b"}"
+    kept = _Kept(**msgspec.structs.asdict(receipt), owner=owner) if owner else receipt
+    record = msgspec.json.encode(kept)
     return msgspec.json.format(sealed.seal(record), indent=2) + b"\n"

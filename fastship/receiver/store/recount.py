@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from fastship.episode import ARTIFACT_SUFFIX, is_episode_id
+from fastship.episode import episode_of_artifact
 from fastship.receiver.store.accounts import Accounts
 from fastship.receiver.store.receipts import Receipts
 
@@ -78,8 +78,8 @@ class Recount:
                 return False
             with os.scandir(self._episodes) as entries:
                 for entry in entries:
-                    episode = entry.name.removesuffix(ARTIFACT_SUFFIX)
-                    if not entry.name.endswith(ARTIFACT_SUFFIX) or not is_episode_id(episode):
+                    episode = episode_of_artifact(entry.name)
+                    if episode is None:
                         continue
                     owner, size = self._receipts.owned(episode)
                     counted[owner] += size

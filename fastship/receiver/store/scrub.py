@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from fastship.episode import ARTIFACT_SUFFIX, is_episode_id
+from fastship.episode import episode_of_artifact
 from fastship.errors import ReceiverError
 from fastship.receiver.store.custody import Custody, Finding, Pace
 from fastship.receiver.store.store import Store
@@ -80,6 +80,5 @@ class Scrub:
     def _all(self) -> Iterator[tuple[int, str]]:
         with os.scandir(self._store.episodes) as entries:
             for entry in entries:
-                episode = entry.name.removesuffix(ARTIFACT_SUFFIX)
-                if entry.name.endswith(ARTIFACT_SUFFIX) and is_episode_id(episode):
+                if (episode := episode_of_artifact(entry.name)) is not None:
                     yield self._store.checked_ns(episode), episode

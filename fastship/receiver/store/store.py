@@ -18,7 +18,6 @@ Blocks on the disk. Imported by ``app`` and ``server``.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import logging
 import os
@@ -29,16 +28,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import msgspec
-
 from fastship import durable, pagecache
 from fastship.episode import (
-    ARTIFACT_SUFFIX,
     Read,
     Receipt,
     ReceivedArtifact,
     ReceivedContent,
-    is_episode_id,
+    episode_of_artifact,
     now_wall,
 )
 from fastship.errors import ArtifactError, ReceiverError
@@ -49,6 +45,7 @@ from fastship.receiver.policy.decisions import Declared, compare
 from fastship.receiver.store.accounts import Accounts, Full
 from fastship.receiver.store.receipts import Receipts, encode
 from fastship.receiver.store.recount import Recount
+from fastship.receiver.store.rotted import Rotted
 from fastship.receiver.uploads.partial import Partial, Unsynced, begin_writeback, sync_data
 from fastship.receiver.uploads.uploads import Uploads
 from fastship.settings import ReceiverSettings
@@ -120,6 +117,7 @@ class Store:
         self._receipts = Receipts(self._episodes, self._uploads)
         self.accounts = Accounts(self.root / "accounts", most_bytes)
         self.recount = Recount(self._episodes, self._receipts, self.accounts)
+        self.rotted = Rotted(self.root / "rotted", self._receipts)
         self._recovering = threading.Lock()
         self._doubtful: dict[str, tuple[tuple[int, int, int], Receipt]] = {}  # not as stored; when it was read so
         self._stopping = threading.Event()
@@ -148,7 +146,7 @@ class Store:
         self._stopping.set()
 
     def artifact_path(self, episode: str) -> Path:
-        return self._episodes / f"{episode}{ARTIFACT_SUFFIX}"
+        return self._receipts.artifact_path(episode)
 
     def receipt(self, episode: str) -> Receipt | None:
         """The receipt of a stored episode, None when it is not stored. Reads the artifact only after a crash."""
@@ -189,37 +187,6 @@ class Store:
         except FileNotFoundError:
             return 0
 
-    def set_aside(self, episode: str, inode: int, reason: msgspec.Struct) -> Path:
-        """Move the artifact that is this inode to ``rotted/``, durably; its id is free then. Returns where it is.
-
-        The reason, with all that was known of it, is durable before the artifact moves, so whatever is in ``rotted/``
-        says why; the rename is the one step that counts. Cut before it: the next who reads the artifact does it again,
-        under the same name. Cut after it: the receipt that is left says nothing without an artifact, and whoever
-        publishes that id removes it (`name`), which may be at this very moment. Raises ``OSError``.
-        """
-        rotted = self.root / "rotted"
-        rotted.mkdir(exist_ok=True)
-        target = durable.free_path(rotted, episode, ARTIFACT_SUFFIX)
-        name = target.name.removesuffix(ARTIFACT_SUFFIX)
-        encoded = msgspec.json.format(msgspec.json.encode(reason), indent=2) + b"\n"
-        durable.write_file(rotted / f"{name}.reason.json", encoded)
-        durable.sync_directory(self.root)
-        if os.stat(self.artifact_path(episode)).st_ino != inode:
-            raise FileNotFoundError(errno.ENOENT, "another artifact has its name by now", episode)
-        os.rename(self.artifact_path(episode), target)
-        durable.sync_directory(rotted)
-        durable.sync_directory(self._episodes)
-        with contextlib.suppress(OSError):  # it is set aside; `mend` comes here again
-            self._drop_receipt_without_artifact(episode)
-        return target
-
-    def _finish_setting_aside(self) -> None:
-        """The receipts of what was set aside go. Another's that lacks its artifact tells the operator what was lost."""
-        with contextlib.suppress(OSError):
-            for name in os.listdir(self.root / "rotted"):
-                if name.endswith(ARTIFACT_SUFFIX):
-                    self._drop_receipt_without_artifact(name.removesuffix(ARTIFACT_SUFFIX).partition("~")[0])
-
     @property
     def episodes(self) -> Path:
         return self._episodes
@@ -241,17 +208,16 @@ class Store:
         """Give every artifact its receipt and sweep what is too old or was left by a crash. May be repeated."""
         names = {entry.name for entry in os.scandir(self._episodes)}
         for name in names:
-            episode = name.removesuffix(ARTIFACT_SUFFIX)
-            if name.endswith(ARTIFACT_SUFFIX) and f"{episode}.receipt.json" not in names and is_episode_id(episode):
+            episode = episode_of_artifact(name)
+            if episode is not None and self._receipts.path(episode).name not in names:
                 try:
                     self.receipt(episode)
                 except OSError as error:
                     _log.error("%s cannot be read, it stays without a receipt: %s", self.artifact_path(episode), error)
-        self._finish_setting_aside()
         self.uploads.sweep(lambda episode: self.artifact_path(episode).exists())
-        for directory in (self.root, self._episodes, self.root / "rotted"):
-            with contextlib.suppress(FileNotFoundError):  # nothing has rotted yet
-                durable.remove_temporaries(directory, is_old=self.uploads.is_orphan)
+        self.rotted.mend(self.uploads.is_orphan)
+        for directory in (self.root, self._episodes):
+            durable.remove_temporaries(directory, is_old=self.uploads.is_orphan)
 
     def room_bytes(self, token: str | None, wanted_bytes: int = 0) -> int:
         """Free space less the reserve less what uploads other than ``token`` have yet to send; may be below 0.
@@ -329,7 +295,7 @@ class Store:
     def name(self, prepared: Prepared) -> Answer | None:
         """Give it its name, which its owner has so many bytes more by; the 200 or 409 when another artifact has it."""
         declared = prepared.declared
-        self._drop_receipt_without_artifact(declared.episode)
+        self._receipts.drop_without_artifact(declared.episode)
         try:
             with self.accounts.adding(declared.owner, prepared.receipt.artifact.bytes):
                 os.link(prepared.partial.path, self.artifact_path(declared.episode))
@@ -480,11 +446,6 @@ class Store:
         and may have died; whoever put a file there by hand synced nothing. Until both are durable it is not stored."""
         os.fsync(fd)
         durable.sync_directory(self._episodes)
-
-    def _drop_receipt_without_artifact(self, episode: str) -> None:
-        if self._receipts.path(episode).exists() and not self.artifact_path(episode).exists():
-            durable.unlink_if_present(self._receipts.path(episode))
-            durable.sync_directory(self._episodes)
 
 
 def _secret(root: Path) -> bytes:
