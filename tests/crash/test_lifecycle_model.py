@@ -16,7 +16,7 @@ from typing import Any
 
 import faults
 import pytest
-from hypothesis import HealthCheck, Phase, seed, settings
+from histories import go_through
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -24,7 +24,6 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 from sample import manifest_of, shipped, verdict
 
@@ -454,20 +453,8 @@ class World(RuleBasedStateMachine):
 
 @pytest.mark.timeout(1800)
 def test_the_rules_in_every_order() -> None:
-    histories = faults.times(HISTORIES, least=40)
     World.tried = 0
-    run_state_machine_as_test(
-        seed(faults.SEED)(World),
-        settings=settings(
-            max_examples=histories,
-            stateful_step_count=STEPS,
-            database=None,
-            deadline=None,
-            report_multiple_bugs=False,
-            suppress_health_check=list(HealthCheck),
-            phases=(Phase.generate, Phase.shrink),
-        ),
-    )
+    histories = go_through(World, HISTORIES, least=40, steps=STEPS)
     faults.count(
         "the lifecycle's rules",
         f"histories of {STEPS} steps: episodes, workers, verdicts, operators, settings, cores and disk in any order;"

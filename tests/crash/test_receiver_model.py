@@ -16,9 +16,9 @@ import time
 import faults
 import pytest
 from asgi import ask
-from hypothesis import HealthCheck, Phase, seed, settings
+from histories import go_through
 from hypothesis import strategies as st
-from hypothesis.stateful import invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import invariant, precondition, rule
 from receiver_beside import Beside, Pending, Says
 from receiver_model import (
     ARTIFACTS,
@@ -423,20 +423,8 @@ class History(Beside):
 @pytest.mark.timeout(1800)
 def test_the_receiver_is_what_its_protocol_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastship.receiver.wire.ingest.BATCH_BYTES", 300)
-    histories = faults.times(HISTORIES, least=20)
     Beside.tried = 0
-    machine = seed(faults.SEED)(History)
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=histories,
-            stateful_step_count=STEPS,
-            database=None,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-            phases=(Phase.generate, Phase.shrink),
-        ),
-    )
+    histories = go_through(History, HISTORIES, least=20, steps=STEPS)
     faults.count(
         "the receiver beside its model",
         f"histories of {STEPS} steps: uploads, whole artifacts, departures, races, rot, restarts, weeks; each answer"

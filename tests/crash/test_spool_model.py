@@ -17,9 +17,9 @@ import shutil
 
 import faults
 import pytest
-from hypothesis import HealthCheck, Phase, seed, settings
+from histories import go_through
 from hypothesis import strategies as st
-from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import initialize, precondition, rule
 from spool_beside import DATA, Beside
 from spool_workers import CLOCK, FAULTS, install
 
@@ -205,11 +205,11 @@ class History(Beside):
     @precondition(lambda self: self.any_in("quarantine"))
     @rule(pick=picks, new_id=st.none() | ids)
     def retry(self, pick: int, new_id: str | None) -> None:
-        place = self.pick_place("quarantine/", pick)
-        if place is None:
+        picked = self.pick_in("quarantine", pick)
+        if picked is None:
             return
-        name, token = place.partition("/")[2], self.token_at(place)
-        assert token is not None
+        place, token = picked
+        name = place.partition("/")[2]
         target = new_id or episode_of(name)
         self.may[token].add(f"episodes/{target}")
         done = self.operate("retry", name, new_id)
@@ -220,10 +220,9 @@ class History(Beside):
     @precondition(lambda self: self.any_in("quarantine"))
     @rule(pick=picks)
     def drop(self, pick: int) -> None:
-        place = self.pick_place("quarantine/", pick)
-        if place is not None:
-            token = self.token_at(place)
-            assert token is not None
+        picked = self.pick_in("quarantine", pick)
+        if picked is not None:
+            place, token = picked
             self.may[token].add("")
             self.unreasoned.add(token)
             self.answered(token, place, self.operate("drop", place.partition("/")[2], None), "")
@@ -250,10 +249,9 @@ class History(Beside):
     @precondition(lambda self: self.any_in("shipped"))
     @rule(pick=picks)
     def reship(self, pick: int) -> None:
-        place = self.pick_place("shipped/", pick)
-        if place is not None:
-            token = self.token_at(place)
-            assert token is not None
+        picked = self.pick_in("shipped", pick)
+        if picked is not None:
+            place, token = picked
             target = f"episodes/{episode_of(place.partition('/')[2])}"
             self.may[token].add(target)
             self.answered(token, place, self.operate("reship", place.partition("/")[2], None), target)
@@ -269,11 +267,10 @@ class History(Beside):
     @rule(pick=picks, to=ids)
     def put_back_by_hand(self, pick: int, to: str) -> None:
         """A move from quarantine/, its reason left in it: shipped along, and taken out with the next one."""
-        place, target = self.pick_place("quarantine/", pick), self.spool.paths.episodes / to
-        if place is None or target.exists() or self.is_in_question(to):
+        picked, target = self.pick_in("quarantine", pick), self.spool.paths.episodes / to
+        if picked is None or target.exists() or self.is_in_question(to):
             return
-        token = self.token_at(place)
-        assert token is not None
+        place, token = picked
         self.path(place).rename(target)
         self.where[token] = f"episodes/{to}"
         self.may[token].clear()
@@ -283,11 +280,10 @@ class History(Beside):
     @precondition(lambda self: self.any_in("shipped"))
     @rule(pick=picks, by=st.sampled_from(["hand", "retention"]))
     def copy_goes(self, pick: int, by: str) -> None:
-        place = self.pick_place("shipped/", pick)
-        if place is None:
+        picked = self.pick_in("shipped", pick)
+        if picked is None:
             return
-        token = self.token_at(place)
-        assert token is not None
+        place, token = picked
         if by == "hand":
             shutil.rmtree(self.path(place))
             del self.where[token]
@@ -296,8 +292,9 @@ class History(Beside):
             self.may[token].add("")
             self.work(lambda: shelf.remove(place.partition("/")[2]))
 
-    def pick_place(self, begins: str, pick: int) -> str | None:
-        there = sorted(where for where in self.where.values() if where.startswith(begins))
+    def pick_in(self, parent: str, pick: int) -> tuple[str, str] | None:
+        """A place in there, and what is in it."""
+        there = sorted((where, token) for token, where in self.where.items() if where.startswith(f"{parent}/"))
         return there[pick % len(there)] if there else None
 
     def pick_held(self, pick: int) -> tuple[str, str | None]:
@@ -373,20 +370,8 @@ class History(Beside):
 @pytest.mark.timeout(1800)
 def test_the_spool_is_where_its_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch)
-    histories = faults.times(HISTORIES, least=15)
     Beside.tried = Beside.met = 0
-    run_state_machine_as_test(
-        seed(faults.SEED)(History),
-        settings=settings(
-            max_examples=histories,
-            stateful_step_count=STEPS,
-            database=None,
-            deadline=None,
-            report_multiple_bugs=False,
-            suppress_health_check=list(HealthCheck),
-            phases=(Phase.generate, Phase.shrink),
-        ),
-    )
+    histories = go_through(History, HISTORIES, least=15, steps=STEPS)
     faults.count(
         "the spool beside its model",
         f"histories of up to {STEPS} steps: recorders, workers, verdicts, operators, restarts, {Beside.met} faults of"

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,6 @@ DRAWN = faults.some_of(BESIDE, "commands beside a daemon", least=len(BESIDE) if 
 
 def drawn(name: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(name not in DRAWN, reason="not drawn for this share of the faults (FASTSHIP_FAULTS)")
-
-
-def some_trials(group: Sequence[str], name: str) -> list[str]:
-    """All, but for the smallest shares."""
-    return faults.some_of(group, name, least=len(group) if faults.SHARE >= 0.1 else 3)
 
 
 # --- typed by somebody -------------------------------------------------------------------------------------------
@@ -108,7 +103,7 @@ def test_at_each_system_call(group: str, tmp_path: Path) -> None:
             if point is not None:
                 return one(point.process, point, calls)
             seen = Look((), {})
-            for name in some_trials(GROUPS[group], group):
+            for name in faults.nearly_all(GROUPS[group], group, least=3):
                 seen.calls += one(name, None, calls).calls
             return seen
 
@@ -185,9 +180,7 @@ class Beside:
 
 
 @drawn("asked of a daemon")
-@pytest.mark.parametrize(
-    "looked_at", faults.some_of(["the command", "the daemon"], "looked at", least=2 if faults.SHARE >= 0.1 else 1)
-)
+@pytest.mark.parametrize("looked_at", faults.nearly_all(["the command", "the daemon"], "looked at"))
 def test_asked_of_the_daemon(looked_at: str, tmp_path: Path) -> None:
     numbers = itertools.count()
     typing, serving = (contextlib.closing(Nursery()) for _ in range(2))
@@ -206,7 +199,7 @@ def test_asked_of_the_daemon(looked_at: str, tmp_path: Path) -> None:
             if point is not None:
                 return word(point.process.partition(",")[0], point)
             seen = Look((), {})
-            for name in faults.some_of(list(WORDS), f"asked, {looked_at}", least=3 if faults.SHARE >= 0.1 else 1):
+            for name in faults.nearly_all(list(WORDS), f"asked, {looked_at}"):
                 seen.calls += word(name, None).calls
             return seen
 

@@ -38,6 +38,11 @@ def some_of(points: Sequence[T], name: str, least: int = 1) -> list[T]:
     return [points[draw.randrange(low, high)] for low, high in itertools.pairwise(edges)]
 
 
+def nearly_all(points: Sequence[T], name: str, least: int = 1) -> list[T]:
+    """All of ``points``, but for the smallest shares: what costs much to begin is drawn, at least ``least`` of them."""
+    return some_of(points, name, least=len(points) if SHARE >= 0.1 else least)
+
+
 def times(whole: int, least: int = 1) -> int:
     """How often to repeat what a whole run does ``whole`` times."""
     return max(least, round(whole * SHARE))

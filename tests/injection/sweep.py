@@ -73,7 +73,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def some_ways(ways: Sequence[str], side: str) -> list[str]:
     """All, but for the smallest shares: each has its scenario to run and its programs to load."""
-    return faults.some_of(ways, f"{side} ways", least=len(ways) if faults.SHARE >= 0.1 else 1)
+    return faults.nearly_all(ways, f"{side} ways")
 
 
 class Wrong(AssertionError):

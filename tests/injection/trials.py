@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
 import msgspec
@@ -29,6 +29,9 @@ from fastship.pack import PackOptions, pack
 from fastship.receiver.store.store import Store
 from fastship.settings import ReceiverSettings, Settings
 from fastship.spool import Spool, requests
+
+Said: TypeAlias = tuple[tuple[str, ...], dict[str, str | None]]
+"""A command without its settings, and where each episode that it is about ends; None: nowhere."""
 
 OPTIONS = PackOptions(level=1, frame_bytes=1 << 20, owner="keep", page_cache="as-found")
 
@@ -65,7 +68,6 @@ class Trial:
 class Word(Trial):
     """One episode is in quarantine, one is held, one is in ``shipped/`` and not at the receiver."""
 
-    ends_at: dict[str, str | None]
     settings: Mapping[str, Mapping[str, Any]] = {}
 
     def __init__(self, directory: Path, url: str, number: int) -> None:
@@ -87,6 +89,11 @@ class Word(Trial):
         self.spool.hold(msgspec.structs.replace(hold_record(self.held), fingerprint=""))
         self.spool.quarantine(self.bad, status_code=422, error="not this", body="")
         self.begun_at = {self.bad: "quarantine", self.held: "episodes", self.kept: "shipped"}
+        words, self.ends_at = self.says()
+        self.words = (*words, "-c", self.settings_file)
+
+    def says(self) -> Said:
+        raise NotImplementedError
 
     def pack(self, name: str) -> Manifest:
         with self.spool.outbox.begin(name) as sink, FramePool(1) as pool:
@@ -195,64 +202,48 @@ def request(url: str, method: str, episode: str, body: bytes | None = None) -> b
 
 
 class Retry(Word):
-    def __init__(self, directory: Path, url: str, number: int) -> None:
-        super().__init__(directory, url, number)
-        self.words = ("quarantine", "retry", self.bad, "-c", self.settings_file)
-        self.ends_at = {self.bad: f"shipped/{self.bad}"}
+    def says(self) -> Said:
+        return ("quarantine", "retry", self.bad), {self.bad: f"shipped/{self.bad}"}
 
 
 class RetryAs(Word):
-    def __init__(self, directory: Path, url: str, number: int) -> None:
-        super().__init__(directory, url, number)
-        self.words = ("quarantine", "retry", self.bad, "--as", self.other, "-c", self.settings_file)
-        self.ends_at = {self.bad: f"shipped/{self.other}"}
+    def says(self) -> Said:
+        return ("quarantine", "retry", self.bad, "--as", self.other), {self.bad: f"shipped/{self.other}"}
 
 
 class Drop(Word):
-    def __init__(self, directory: Path, url: str, number: int) -> None:
-        super().__init__(directory, url, number)
-        self.words = ("quarantine", "drop", "-y", self.bad, "-c", self.settings_file)
-        self.ends_at = {self.bad: None}
+    def says(self) -> Said:
+        return ("quarantine", "drop", "-y", self.bad), {self.bad: None}
 
 
 class KeepLocal(Word):
-    def __init__(self, directory: Path, url: str, number: int) -> None:
-        super().__init__(directory, url, number)
-        self.words = ("holds", "keep-local", self.held, "-c", self.settings_file)
-        self.ends_at = {self.held: f"shipped/{self.held}"}
+    def says(self) -> Said:
+        return ("holds", "keep-local", self.held), {self.held: f"shipped/{self.held}"}
 
 
 class KeepLocalAs(Word):
-    def __init__(self, directory: Path, url: str, number: int) -> None:
-        super().__init__(directory, url, number)
-        self.words = ("holds", "keep-local", self.held, "--as", self.other, "-c", self.settings_file)
-        self.ends_at = {self.held: f"shipped/{self.other}"}
+    def says(self) -> Said:
+        return ("holds", "keep-local", self.held, "--as", self.other), {self.held: f"shipped/{self.other}"}
 
 
 class DropLocal(Word):
-    def __init__(self, directory: Path, url: str, number: int) -> None:
-        super().__init__(directory, url, number)
-        self.words = ("holds", "drop-local", "-y", self.held, "-c", self.settings_file)
-        self.ends_at = {self.held: f"quarantine/{self.held}"}
+    def says(self) -> Said:
+        return ("holds", "drop-local", "-y", self.held), {self.held: f"quarantine/{self.held}"}
 
 
 class Reship(Word):
     worked = frozenset({1})  # the receiver has lost it
 
-    def __init__(self, directory: Path, url: str, number: int) -> None:
-        super().__init__(directory, url, number)
-        self.words = ("verify", "--reship", self.kept, "-c", self.settings_file)
-        self.ends_at = {self.kept: f"shipped/{self.kept}"}
+    def says(self) -> Said:
+        return ("verify", "--reship", self.kept), {self.kept: f"shipped/{self.kept}"}
 
 
 class Status(Word):
     """And whoever else only looks."""
 
-    def __init__(self, directory: Path, url: str, number: int) -> None:
-        super().__init__(directory, url, number)
+    def says(self) -> Said:
         looking = (("status",), ("quarantine", "list"), ("holds", "list"), ("config", "check"))
-        self.words = (*looking[number % len(looking)], "-c", self.settings_file)
-        self.ends_at = {}
+        return looking[self.number % len(looking)], {}
 
 
 class Copies(Word):
@@ -263,9 +254,10 @@ class Copies(Word):
     def __init__(self, directory: Path, url: str, number: int) -> None:
         super().__init__(directory, url, number)
         assert request(url, "PUT", self.kept, self.artifact)
-        self.words = ("run", "-c", self.settings_file)
-        self.ends_at = {self.kept: None}
         self.places = {"shipped": self.lab.shipped, "receipts": self.spool.paths.receipts}
+
+    def says(self) -> Said:
+        return ("run",), {self.kept: None}
 
     def check(self, code: int | None) -> None:
         super().check(None)
