@@ -62,7 +62,7 @@ def _measuring_options(seconds: float) -> Callable[[Callable[..., Any]], Callabl
                 "--link",
                 metavar="RATE",
                 callback=_link,
-                help="The link's rate, e.g. 100Mbit/s: it is not measured then.",
+                help="The link's rate, e.g. 100Mbit/s: counts in place of the one that is measured.",
             ),
             click.option(
                 "--size",
