@@ -103,6 +103,7 @@ def test_what_cannot_stand_there_is_refused_without_telling_it(
     path.write_text(f"fine\n{line}\n")
     with pytest.raises(ReceiverError, match="line 2") as caught:
         Access(str(path), "")
+    assert caught.value.remedy == "mend what is written there"
     path.write_text("fine\n")
     access = Access(str(path), "")
     path.write_text(f"other\n{line}\n")

@@ -47,9 +47,8 @@ class _Watched(Generic[T]):
         try:
             self._value = self._read()
         except (OSError, ValueError) as error:
-            raise ReceiverError(
-                f"receiver.{setting}: {path} cannot be read: {error}", remedy="make it readable for the receiver"
-            ) from None
+            remedy = "make it readable for the receiver" if isinstance(error, OSError) else "mend what is written there"
+            raise ReceiverError(f"receiver.{setting}: {path} cannot be read: {error}", remedy=remedy) from None
 
     def parse(self, text: str) -> T:
         raise NotImplementedError
